@@ -1,0 +1,81 @@
+"""What the learner is fed: token sequences in groups, and the micro-batches that groups are put into.
+
+A group is what must be seen together (the chosen and rejected answer to one prompt, the n samples of one prompt); its
+sequences usually share their beginning. Groups are never split over micro-batches or ranks.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One whole sequence with the tokens of it that are scored.
+
+    token_ids: [L]. scored: [L] bool, which tokens the objective sees; the first token cannot be scored.
+    turn_index: [L] or None (one turn). reference_logprobs, behaviour_logprobs: one number per *scored* token, or None.
+    values: named numbers of the whole sequence, such as a reward.
+    """
+
+    token_ids: Ints
+    scored: NDArray[np.bool_]
+    turn_index: Ints | None = None
+    reference_logprobs: Floats | None = None
+    behaviour_logprobs: Floats | None = None
+    values: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) == 0 or self.scored.shape != self.token_ids.shape:
+            raise ValueError(f"{len(self.token_ids)} token ids and a mask of {len(self.scored)}")
+        if self.scored[0]:
+            raise ValueError("the first token of a sequence has no context and cannot be scored")
+
+    @property
+    def num_scored(self) -> int:
+        return int(self.scored.sum())
+
+
+Group = tuple[TokenSequence, ...]
+
+
+def completion(prompt_ids: Seq[int], completion_ids: Seq[int], **known: Floats) -> TokenSequence:
+    """A prompt (not scored) followed by a completion (scored)."""
+    ids = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(completion_ids, np.int64)])
+    return TokenSequence(ids, np.arange(len(ids)) >= len(prompt_ids), **known)
+
+
+def split_into_microbatches(sizes: Seq[int], budget: int) -> list[list[int]]:
+    """Indices of groups, put together so that each micro-batch holds at most `budget` tokens.
+
+    `sizes` are the groups' token counts as they will be computed. Best-fit on sizes from large to small: few, evenly
+    filled micro-batches; a group larger than the budget gets one of its own. The result depends on `sizes` alone.
+    """
+    bins: list[list[int]] = []
+    loads: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fitting = [b for b in range(len(bins)) if loads[b] + sizes[i] <= budget]
+        if fitting:
+            best = max(fitting, key=lambda b: loads[b])
+            bins[best].append(i)
+            loads[best] += sizes[i]
+        else:
+            bins.append([i])
+            loads.append(sizes[i])
+    return [sorted(members) for members in bins]
+
+
+def split_over_ranks(sizes: Seq[int], num_ranks: int) -> list[list[int]]:
+    """Indices of groups for each rank, with token counts as equal as a greedy assignment makes them."""
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        lightest = min(range(num_ranks), key=lambda r: (loads[r], len(ranks[r])))
+        ranks[lightest].append(i)
+        loads[lightest] += sizes[i]
+    return [sorted(members) for members in ranks]
