@@ -1,0 +1,57 @@
+"""What to say about a key that does not exist: the nearest one that does, or what replaces a name known from elsewhere."""
+
+import difflib
+from collections.abc import Iterable
+
+from pydantic import BaseModel
+
+from llmrl.config.schema import all_paths
+
+# Names that people bring along from other trainers, where the nearest spelling would mislead.
+ELSEWHERE = {
+    "env": "environment variables are not set from the file: set them in the shell, before the command",
+    "datasets": "mixtures are not supported: write one file, and name it in dataset_name",
+    "torch_dtype": "use dtype",
+    "bf16": "use mixed_precision: bf16",
+    "fp16": "use mixed_precision: fp16",
+    "tf32": "choose dtype or mixed_precision",
+    "per_device_train_batch_size": "the batch is given per step by the method's own key (see --help); "
+    "tokens_per_microbatch bounds the memory",
+    "per_device_eval_batch_size": "tokens_per_microbatch bounds the memory of evaluation as well",
+    "gradient_accumulation_steps": "a step is split by tokens_per_microbatch as memory needs; the gradient stays the same",
+    "warmup_steps": "use warmup_ratio, the share of all steps",
+    "eval_strategy": "use eval_steps",
+    "save_strategy": "use save_steps",
+    "logging_strategy": "use logging_steps",
+    "logging_dir": "trackers write below output_dir",
+    "overwrite_output_dir": "name another output_dir, or remove the old one by hand",
+    "padding_free": "sequences are always packed without padding",
+    "packing": "sequences are always packed without padding",
+    "max_prompt_length": "use max_length, prompt and completion together",
+    "max_completion_length": "use max_length, prompt and completion together",
+    "optim": "the optimizer is AdamW; see the adam_ keys",
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None where there are none at all."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)), None)
+
+
+def unknown_key(root: type[BaseModel], model: type[BaseModel], path: tuple[str, ...], origin: str) -> str:
+    """One sentence for a key that `model`, found on the way down `path` from `root`, does not have."""
+    name = ".".join(path)
+    where = f" ({origin})" if origin else ""
+    if len(path) == 1 and name in ELSEWHERE:
+        return f"unknown key `{name}`{where}: {ELSEWHERE[name]}"
+    return f"unknown key `{name}`{where}; did you mean `{_suggestion(root, model, path)}`?"
+
+
+def _suggestion(root: type[BaseModel], model: type[BaseModel], path: tuple[str, ...]) -> str:
+    siblings = list(model.model_fields)
+    close = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.75)
+    if close:
+        return ".".join((*path[:-1], close[0]))
+    # The right key in the wrong place is likelier than a far spelling in the right place.
+    elsewhere = [".".join(p) for p in all_paths(root) if p[-1] == path[-1] and p != path]
+    return elsewhere[0] if elsewhere else ".".join((*path[:-1], nearest(path[-1], siblings) or "--help"))
