@@ -161,8 +161,6 @@ def install(head: nn.Linear) -> None:
     The work has to happen inside the layer's own forward, for that is when ZeRO-3 has its weight gathered. Called with
     hidden states alone it stays what it was.
     """
-    plain = head.forward
-
     def forward(
         self: nn.Linear,
         hidden: Tensor,
@@ -171,7 +169,7 @@ def install(head: nn.Linear) -> None:
         with_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
-            return plain(hidden)
+            return type(self).forward(self, hidden)
         kind = hidden.device.type
         compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         with torch.autocast(kind, enabled=False):

@@ -8,7 +8,7 @@ Invariants
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,10 @@ class ScoredTokens:
     @property
     def num_sequences(self) -> int:
         return len(self.group_index_S)
+
+    def with_reference(self, reference_logprobs_N: Tensor) -> "ScoredTokens":
+        """The same tokens, with the reference's log-probabilities known."""
+        return replace(self, reference_logprobs_N=reference_logprobs_N)
 
     def sum_per_sequence(self, values_N: Tensor) -> Tensor:
         """[N] -> [S]: the sum of a per-token quantity over each sequence's scored tokens, in float32."""

@@ -1,0 +1,265 @@
+"""The learner: one copy of the model, four verbs - `logprobs`, `update`, `weights`, `save`/`load`.
+
+Every rank is handed the same groups and takes its own share, balanced by tokens; callers never branch on sharding.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from llmrl.errors import RefusedError, RunFailedError
+from llmrl.learner import forms, reference, sharding, state
+from llmrl.learner.batches import ModelInputs, scored_tokens
+from llmrl.learner.policy import Policy, Scores
+from llmrl.learner.sequences import Floats, Group, split_into_microbatches, split_over_ranks
+from llmrl.objectives.scored import Objective, Totals
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """How the learner trains. Learning rates are per optimizer step; `tokens_per_microbatch` bounds what one forward
+    pass computes on one rank (unique tokens)."""
+
+    learning_rate: float = 1e-6
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    total_steps: int = 1
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    tokens_per_microbatch: int = 4096
+    reference: str = "auto"
+    form: str = "auto"
+    temperature: float = 1.0
+    value_head: bool = False
+    gradient_checkpointing: bool = False
+
+
+class Learner:
+    """A causal language model that can be scored and updated through any objective.
+
+    Raises RefusedError if there is nothing to train, and says through `say` which form of forward pass was chosen.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel | PeftModel,
+        options: LearnerOptions,
+        accelerator: Accelerator | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.options = options
+        self.accelerator = accelerator or sharding.build_accelerator()
+        self.policy = Policy(causal_lm, temperature=options.temperature, value_head=options.value_head)
+        forms.disable_dropout(causal_lm)
+        form = forms.choose(self.policy, options.form, say)
+        if options.gradient_checkpointing:
+            forms.enable_gradient_checkpointing(self.policy)
+        self.reference_kind = reference.choose(options.reference, isinstance(causal_lm, PeftModel))
+        self.frozen = self._frozen_reference() if self.reference_kind == "frozen" else None
+
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.policy, options.weight_decay),
+            lr=options.learning_rate,
+            betas=options.adam_betas,
+            eps=options.adam_epsilon,
+        )
+        self.scheduler = get_scheduler(
+            options.lr_scheduler_type, self.optimizer, options.warmup_steps, max(options.total_steps, 1)
+        )
+        self.backend = sharding.build_backend(self.accelerator, self.policy, self.optimizer, options.max_grad_norm)
+        # The scheduler is not prepared: accelerate would step it once per rank.
+        state.register(self.accelerator, self.policy, self.scheduler)
+        self.form = forms.check(form, self._score_probe, self._precision(), self.device.type == "cpu", say)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel | PeftModel:
+        """The transformers (or PEFT) model inside."""
+        return self.policy.causal_lm
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def learning_rate(self) -> float:
+        """What the next update will use."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    def logprobs(self, groups: list[Group], *, of_reference: bool = False) -> list[list[Floats]]:
+        """log pi of the scored tokens of each sequence of each group, float32; the same on every rank."""
+        sizes = [forms.size(self.form, g) for g in groups]
+        mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
+        batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
+        scored: dict[int, list[Floats]] = {}
+        for batch in self._even(batches):
+            members = [mine[i] for i in batch]
+            chosen = [groups[i] for i in members] or [forms.dummy_group()]
+            logprobs = self._scored(chosen, of_reference).float().cpu().numpy()
+            for i, parts in zip(members, _per_group(logprobs, chosen), strict=False):
+                scored[i] = parts
+        return _merged(self.accelerator, scored, len(groups))
+
+    def _scored(self, groups: list[Group], of_reference: bool) -> Tensor:
+        inputs = forms.inputs(self.form, groups, self.device)
+        if of_reference and self.reference_kind == "precomputed":
+            raise RuntimeError("the reference is precomputed: its log-probabilities come with the sequences")
+        return self._reference_scores(inputs) if of_reference else self._policy_scores(inputs)
+
+    def _policy_scores(self, inputs: ModelInputs) -> Tensor:
+        with reference.scoring(self.backend.model):
+            return self.backend.model(inputs).logprobs_N
+
+    def _reference_scores(self, inputs: ModelInputs) -> Tensor:
+        model = self.frozen if self.frozen is not None else self.backend.model
+        with reference.scoring(model), reference.adapters_off(self.policy):
+            return model(inputs).logprobs_N
+
+    def _frozen_reference(self) -> Policy:
+        if sharding.zero_stage(self.accelerator) == 3:
+            raise RefusedError("reference: frozen keeps a whole copy on each rank, which ZeRO-3 is there to avoid; use precomputed")
+        return reference.frozen_copy(self.policy).to(self.device)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def update(self, groups: list[Group], objective: Objective) -> dict[str, float]:
+        """One optimizer step on `groups` (all ranks' together); returns the means of the objective's metrics, and
+        `loss`, `grad_norm`, `learning_rate`, `num_tokens`, `num_computed_tokens` of this step.
+
+        Raises RunFailedError if the loss or the gradient is not finite; the weights are then as they were.
+        """
+        sizes = [forms.size(self.form, g) for g in groups]
+        mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
+        batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
+        totals = Totals(
+            tokens=sum(s.num_scored for g in groups for s in g), sequences=sum(len(g) for g in groups), groups=len(groups)
+        )
+        sums: dict[str, list[float | Tensor]] = {}
+        even = self._even(batches)
+        self.backend.model.train()
+        with self.backend.step():
+            for number, batch in enumerate(even, 1):
+                is_last = number == len(even)
+                with self.backend.accumulating(is_last):
+                    if batch:
+                        loss = self._loss([groups[mine[i]] for i in batch], objective, totals, sums)
+                    else:
+                        loss = self._dummy_loss()
+                    self.backend.backward(loss, is_last)
+        learning_rate = self.learning_rate
+        grad_norm = self.backend.apply()
+        metrics = self._means(sums)
+        if not (np.isfinite(grad_norm) and np.isfinite(metrics["loss"])):
+            raise RunFailedError(
+                f"loss {metrics['loss']}, gradient norm {grad_norm}: not finite, so the update was not applied. "
+                "Lower learning_rate, or use dtype float32 or bfloat16 rather than float16."
+            )
+        self.scheduler.step()
+        return {
+            **metrics,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": float(sum(len(s.token_ids) for g in groups for s in g)),
+            "num_computed_tokens": float(sum(sizes)),
+        }
+
+    def _loss(self, groups: list[Group], objective: Objective, totals: Totals, sums: dict[str, list[Any]]) -> Tensor:
+        inputs = forms.inputs(self.form, groups, self.device)
+        scored = scored_tokens(groups, totals, self.device)
+        if objective.needs_reference and scored.reference_logprobs_N is None:
+            if self.reference_kind == "precomputed":
+                raise RuntimeError("the reference is precomputed, but the sequences do not carry its log-probabilities")
+            scored = scored.with_reference(self._reference_scores(inputs))
+        scores: Scores = self.backend.model(inputs)
+        loss, metrics = objective.loss(scores.logprobs_N, scored)
+        # Kept as tensors: one copy to the host per step, not one per metric.
+        sums.setdefault("loss", []).append((loss.detach(), 0))
+        for name, values in metrics.items():
+            sums.setdefault(name, []).append((values.detach().double().sum(), values.numel()))
+        return loss
+
+    def _dummy_loss(self) -> Tensor:
+        """A forward and backward of nothing, for ranks with fewer micro-batches: collectives must be met by all."""
+        inputs = forms.inputs(self.form, [forms.dummy_group()], self.device)
+        scores: Scores = self.backend.model(inputs)
+        return scores.logprobs_N.sum() * 0.0
+
+    def _means(self, sums: dict[str, list[Any]]) -> dict[str, float]:
+        names = sorted(sums)
+        flat = [float(sum(part for part, _ in sums[name])) for name in names] + [float(sum(n for _, n in sums[name])) for name in names]
+        flat = sharding.sum_over_ranks(self.accelerator, flat)
+        totals, counts = flat[: len(names)], flat[len(names) :]
+        return {name: total / count if count else total for name, total, count in zip(names, totals, counts, strict=True)}
+
+    def _even(self, batches: list[list[int]]) -> list[list[int]]:
+        """As many micro-batches on every rank; those added are empty."""
+        most = sharding.max_over_ranks(self.accelerator, len(batches))
+        return batches + [[] for _ in range(most - len(batches))]
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def weights(self, bucket_bytes: int = 2**28) -> Iterator[tuple[str, Tensor]]:
+        """The policy's full parameters by name, gathered bucket by bucket under ZeRO-3; all ranks must walk together."""
+        yield from state.stream_weights(self.causal_lm, bucket_bytes, sharding.zero_stage(self.accelerator) == 3)
+
+    def save(self, folder: Path) -> None:
+        """Everything needed to go on exactly (trainable weights, optimizer, schedule, RNG); called on all ranks."""
+        state.save(self.accelerator, folder)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote; called on all ranks."""
+        state.load(self.accelerator, folder)
+
+    def export(self, folder: Path) -> None:
+        """The model for others to load with `from_pretrained` (or PEFT); called on all ranks."""
+        state.export(self.accelerator, self.backend.model, self.causal_lm, folder)
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def _score_probe(self, form: forms.Form, plain: bool) -> Tensor:
+        group = forms.probe_group(self.causal_lm.config.get_text_config().vocab_size)
+        with reference.scoring(self.backend.model):
+            return self.backend.model(forms.inputs(form, [group], self.device), False, plain).logprobs_N.float()
+
+    def _precision(self) -> torch.dtype:
+        """The precision that the forward pass computes in."""
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return mixed.get(self.accelerator.mixed_precision, self.causal_lm.dtype)
+
+
+def _parameter_groups(policy: Policy, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only, not for biases and norms."""
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    if not trainable:
+        raise RefusedError(
+            "the model has no trainable parameter, so training would change nothing. An adapter loaded for inference "
+            "needs is_trainable=True; a frozen model needs use_peft: true."
+        )
+    decayed, plain = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def _per_group(logprobs_N: np.ndarray, groups: list[Group]) -> list[list[Floats]]:
+    counts = [s.num_scored for g in groups for s in g]
+    parts = iter(np.split(logprobs_N, np.cumsum(counts)[:-1]))
+    return [[next(parts) for _ in g] for g in groups]
+
+
+def _merged(accelerator: Accelerator, scored: dict[int, list[Floats]], num_groups: int) -> list[list[Floats]]:
+    if accelerator.num_processes > 1:
+        everyone: list[Any] = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(everyone, scored)
+        scored = {i: parts for share in everyone for i, parts in share.items()}
+    return [scored[i] for i in range(num_groups)]

@@ -1,0 +1,54 @@
+"""The reference policy: what the trained model was when training started, in memory, never re-read from disk.
+
+With adapters the reference is the same model with them switched off. Without, its log-probabilities are computed before
+the first update when the data is fixed (`precomputed`), or one frozen copy is kept (`frozen`).
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from peft import PeftModel
+
+from llmrl.errors import RefusedError
+from llmrl.learner.policy import Policy
+
+ReferenceKind = Literal["adapter_off", "frozen", "precomputed"]
+
+
+def choose(kind: str, has_adapter: bool) -> ReferenceKind:
+    """`auto` -> adapters off where there are adapters, else precomputed. Refuses what cannot be."""
+    if kind == "auto":
+        return "adapter_off" if has_adapter else "precomputed"
+    if kind == "adapter_off" and not has_adapter:
+        raise RefusedError("reference: adapter_off needs an adapter to switch off; set use_peft: true or reference: precomputed")
+    return kind  # type: ignore[return-value]
+
+
+def frozen_copy(policy: Policy) -> Policy:
+    """A second copy of the weights as they are now, without gradients."""
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def adapters_off(policy: Policy) -> Iterator[None]:
+    """The base model alone, for the time of the context; without adapters nothing changes."""
+    if isinstance(policy.causal_lm, PeftModel):
+        with policy.causal_lm.disable_adapter():
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def scoring(policy: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients."""
+    was_training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.train(was_training)

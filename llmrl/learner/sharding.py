@@ -1,0 +1,158 @@
+"""One process, DDP or DeepSpeed ZeRO behind two verbs, so that nothing above has to know which of them runs.
+
+Invariants
+- A loss handed to `backward` is a sum over this rank's items divided by a *global* count. DDP and ZeRO average over
+  ranks, so it is multiplied by the number of ranks here, and only here.
+- Gradients are reduced over ranks once per optimizer step, however many micro-batches there were.
+- What was launched is what runs: `accelerate` starts unconnected single processes in several combinations of launch
+  file and arguments (each then trains apart, in silence), so the outcome is checked.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from llmrl.errors import RefusedError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def build_accelerator(mixed_precision: str = "no") -> Accelerator:
+    """An Accelerator that runs what the launcher started: one process, DDP, or ZeRO; on GPUs or on CPUs over gloo.
+
+    mixed_precision: `no`, `bf16` or `fp16`. Raises RefusedError if the ranks would train apart.
+    """
+    world_size, on_cpu = int(os.environ.get("WORLD_SIZE", "1")), not torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if deepspeed and on_cpu:
+        _skip_shared_memory_op()
+    handlers = []
+    if world_size > 1:
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=COLLECTIVE_TIMEOUT))
+    accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    expected = {DistributedType.DEEPSPEED} if deepspeed else {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.num_processes != world_size or accelerator.distributed_type not in expected:
+        raise RefusedError(
+            f"the launcher started {world_size} process(es) but accelerate reports {accelerator.num_processes} as "
+            f"{accelerator.distributed_type}: they would train apart. Use a file from launch/accelerate/."
+        )
+    return accelerator
+
+
+def _skip_shared_memory_op() -> None:
+    """Training over CPUs does not need DeepSpeed's compiled op, and a run killed while it builds leaves a lock behind
+    on which every later run hangs."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Backend(Protocol):
+    """How gradients are accumulated, reduced and applied."""
+
+    model: nn.Module
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around all the micro-batches of one optimizer step."""
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Accumulate the gradient of a micro-batch's share of the loss."""
+
+    def apply(self) -> float:
+        """Clip, update the weights, clear the gradients; returns the global gradient norm before clipping."""
+
+    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch's forward and backward."""
+
+
+class PlainBackend:
+    """One process, or DDP."""
+
+    def __init__(self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+        if accelerator.num_processes > 1 and not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise RefusedError(f"{accelerator.num_processes} processes, but the model was not wrapped for averaging gradients")
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        yield
+
+    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def apply(self) -> float:
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+
+class DeepSpeedBackend:
+    """ZeRO-1/2/3 through accelerate's plugin; the engine is driven directly, for `Accelerator.backward` would step it."""
+
+    def __init__(self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=max_grad_norm)
+        if config.get("zero_optimization", {}).get("stage", 0) == 0:
+            raise RefusedError("DeepSpeed with ZeRO stage 0 is plain DDP: launch with launch/accelerate/cpu_ddp.yaml or ddp8.yaml")
+        self.accelerator = accelerator
+        self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+        self.engine: Any = self.model
+
+    def step(self) -> AbstractContextManager[None]:
+        return self.engine.coalesce_grad_reduction()
+
+    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        self.engine.backward(loss * self.accelerator.num_processes)
+
+    def apply(self) -> float:
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+
+def build_backend(accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Backend:
+    """The backend for what was launched."""
+    kind = DeepSpeedBackend if accelerator.distributed_type == DistributedType.DEEPSPEED else PlainBackend
+    return kind(accelerator, policy, optimizer, max_grad_norm)
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """0 without DeepSpeed, else the ZeRO stage."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return 0
+    return int(accelerator.state.deepspeed_plugin.zero_stage)
+
+
+def sum_over_ranks(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """Element-wise sum over ranks, in float64; a no-op for one process."""
+    if accelerator.num_processes == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
+
+
+def max_over_ranks(accelerator: Accelerator, value: int) -> int:
+    """The largest of the ranks' numbers."""
+    if accelerator.num_processes == 1:
+        return value
+    largest = torch.tensor(value, device=accelerator.device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
