@@ -1,0 +1,307 @@
+#!/usr/bin/env python3
+"""Makes the arithmetic data set: problems, worked solutions in steps, and pairs of a right and a wrong solution.
+
+    python data/arithmetic/generate.py [--output DIR]
+
+Invariants (tests/data/test_arithmetic.py holds them):
+- the same bytes come out on every machine and Python version: only `random.random()`, whose sequence Python guarantees, is drawn;
+- a problem's split depends on nothing but its canonical operands, so `47 + 85` and `85 + 47` are in the same split under every
+  wording, in problems, solutions and pairs alike;
+- in a solution every line but the last is one equation, and the last is `Answer: N`;
+- a rejected solution has exactly one wrong line, number `wrong_step`; every later line follows correctly from the wrong value.
+
+Standard library only.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+SEED = 20_260_901
+WORDINGS = (
+    "What is {}?",
+    "Work out {}.",
+    "Calculate {} step by step.",
+    "What is {}? End with the answer.",
+)
+# Percent of the problems, by a hash of the canonical operands: 70 train, 15 validation, 15 test.
+SPLIT_BOUNDS = (("train", 70), ("validation", 85), ("test", 100))
+ROWS_PER_LEVEL = {
+    ("problems", "train"): 500,
+    ("problems", "validation"): 80,
+    ("problems", "test"): 80,
+    ("sft", "train"): 1200,
+    ("sft", "validation"): 60,
+    ("pairs", "train"): 400,
+    ("pairs", "validation"): 60,
+    ("pairs", "test"): 60,
+}
+
+
+class Result(NamedTuple):
+    """An operand that is the result of an earlier step (counted from 0)."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of a solution: `operands` joined by `operator`."""
+
+    operator: str
+    operands: tuple[int | Result, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem as shown (`expression`), the name that decides its split (`canonical`), and how it is solved."""
+
+    level: int
+    kind: str
+    expression: str
+    canonical: str
+    steps: tuple[Step, ...]
+
+
+class Fault(NamedTuple):
+    """A planted error in `step` (from 0): its result becomes `value`, or its operand number `operand` is read as `value`."""
+
+    kind: str
+    step: int
+    value: int
+    operand: int | None = None
+
+
+class Draw:
+    """Random choices from `random.random()` alone."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def between(self, low: int, high: int) -> int:
+        """A whole number from `low` to `high`, both included."""
+        return low + int(self._random.random() * (high - low + 1))
+
+    def one_of(self, items: Sequence[T]) -> T:
+        return items[self.between(0, len(items) - 1)]
+
+
+def apply(operator: str, operands: list[int]) -> int:
+    if operator == "+":
+        return sum(operands)
+    if operator == "-":
+        return operands[0] - sum(operands[1:])
+    return math.prod(operands)
+
+
+def places(number: int) -> list[int]:
+    """347 -> [300, 40, 7]."""
+    digits = str(number)
+    return [int(digit) * 10 ** (len(digits) - 1 - index) for index, digit in enumerate(digits)]
+
+
+def sum_steps(numbers: list[int]) -> tuple[Step, ...]:
+    """Add place by place, then the partial sums."""
+    columns = list(zip(*map(places, numbers), strict=True))
+    partial = [Step("+", column) for column in columns]
+    return (*partial, Step("+", tuple(Result(index) for index in range(len(partial)))))
+
+
+def product_steps(factor: int, number: int) -> tuple[Step, ...]:
+    """Multiply place by place, then add the partial products."""
+    partial = [Step("*", (factor, place)) for place in places(number)]
+    return (*partial, Step("+", tuple(Result(index) for index in range(len(partial)))))
+
+
+def ordered(operator: str, numbers: list[int]) -> str:
+    return operator.join(map(str, sorted(numbers)))
+
+
+def sum_of(level: int, kind: str, count: int, low: int, high: int) -> Callable[[Draw], Problem]:
+    def make(draw: Draw) -> Problem:
+        numbers = [draw.between(low, high) for _ in range(count)]
+        return Problem(level, kind, " + ".join(map(str, numbers)), ordered("+", numbers), sum_steps(numbers))
+
+    return make
+
+
+def product(draw: Draw) -> Problem:
+    factor, number = draw.between(2, 9), draw.between(11, 99)
+    shown = [factor, number] if draw.between(0, 1) else [number, factor]
+    return Problem(4, "product", " * ".join(map(str, shown)), ordered("*", shown), product_steps(factor, number))
+
+
+def two_operations(draw: Draw) -> Problem:
+    """A product or a sum, then one more number added or taken away; the result is never negative."""
+    if draw.between(0, 1):
+        first = product(draw)
+        operator = draw.one_of(("+", "-"))
+    else:
+        first = sum_of(1, "sum_of_two", 2, 10, 99)(draw)
+        operator = "-"
+    last = draw.between(10, 99)
+    step = Step(operator, (Result(len(first.steps) - 1), last))
+    problem = Problem(
+        5,
+        "two_operations",
+        f"{first.expression} {operator} {last}",
+        f"{first.canonical}{operator}{last}",
+        (*first.steps, step),
+    )
+    return problem if evaluate(problem.steps)[-1] >= 0 else two_operations(draw)
+
+
+LEVELS: dict[int, Callable[[Draw], Problem]] = {
+    1: sum_of(1, "sum_of_two", 2, 10, 99),
+    2: sum_of(2, "sum_of_three", 3, 10, 99),
+    3: sum_of(3, "long_sum", 2, 100, 999),
+    4: product,
+    5: two_operations,
+}
+
+
+def operands_of(steps: tuple[Step, ...], index: int, values: list[int], fault: Fault | None) -> list[int]:
+    operands = [values[item.step] if isinstance(item, Result) else item for item in steps[index].operands]
+    if fault is not None and fault.step == index and fault.operand is not None:
+        operands[fault.operand] = fault.value
+    return operands
+
+
+def evaluate(steps: tuple[Step, ...], fault: Fault | None = None) -> list[int]:
+    """The result of each step; a fault is carried forward into every later step that uses it."""
+    values: list[int] = []
+    for index, step in enumerate(steps):
+        value = apply(step.operator, operands_of(steps, index, values, fault))
+        if fault is not None and fault.step == index and fault.operand is None:
+            value = fault.value
+        values.append(value)
+    return values
+
+
+def render(problem: Problem, fault: Fault | None = None) -> str:
+    """The solution as text: one equation a line, the last line `Answer: N`."""
+    values = evaluate(problem.steps, fault)
+    lines = []
+    for index, step in enumerate(problem.steps):
+        operands = operands_of(problem.steps, index, values, fault)
+        lines.append(f" {step.operator} ".join(map(str, operands)) + f" = {values[index]}")
+    return "\n".join([*lines, f"Answer: {values[-1]}"])
+
+
+def swapped(number: int, draw: Draw) -> int:
+    """Two neighbouring digits exchanged: 132 -> 312 or 123. The same number where there are no two digits to exchange."""
+    digits = list(str(number))
+    if len(digits) < 2:
+        return number
+    at = draw.between(0, len(digits) - 2)
+    digits[at], digits[at + 1] = digits[at + 1], digits[at]
+    return int("".join(digits))
+
+
+def faults(problem: Problem, draw: Draw) -> Iterator[Fault]:
+    """Endless candidates for a planted error; not all of them are usable."""
+    values = evaluate(problem.steps)
+    while True:
+        step = draw.between(0, len(problem.steps) - 1)
+        kind = draw.one_of(("off_by_one", "off_by_ten", "swapped_digits", "misread_number"))
+        if kind == "misread_number":
+            operands = operands_of(problem.steps, step, values, None)
+            at = draw.between(0, len(operands) - 1)
+            # The leading digit is misread, so that 40 becomes 30 or 50 and 7 becomes 6 or 8: still a number of that place.
+            unit = 10 ** (len(str(operands[at])) - 1)
+            yield Fault(kind, step, operands[at] + draw.one_of((-unit, unit)), at)
+        else:
+            wrong = {
+                "off_by_one": values[step] + draw.one_of((-1, 1)),
+                "off_by_ten": values[step] + draw.one_of((-10, 10)),
+                "swapped_digits": swapped(values[step], draw),
+            }[kind]
+            yield Fault(kind, step, wrong)
+
+
+def plant(problem: Problem, draw: Draw) -> Fault:
+    """One error that leaves no negative number and changes the answer."""
+    right = evaluate(problem.steps)
+    for fault in faults(problem, draw):
+        wrong = evaluate(problem.steps, fault)
+        if fault.value >= 0 and min(wrong) >= 0 and wrong[fault.step] != right[fault.step] and wrong[-1] != right[-1]:
+            return fault
+    raise AssertionError("faults() never ends")
+
+
+def split_of(canonical: str) -> str:
+    """The split of a problem, from its canonical operands alone."""
+    percent = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big") % 100
+    return next(name for name, bound in SPLIT_BOUNDS if percent < bound)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def row(table: str, problem: Problem, question: str, draw: Draw) -> dict[str, object]:
+    labels = {"level": problem.level, "kind": problem.kind}
+    if table == "problems":
+        return {"prompt": user(question), "answer": str(evaluate(problem.steps)[-1]), **labels}
+    if table == "sft":
+        return {"prompt": user(question), "completion": assistant(render(problem)), **labels}
+    fault = plant(problem, draw)
+    return {
+        "prompt": user(question),
+        "chosen": assistant(render(problem)),
+        "rejected": assistant(render(problem, fault)),
+        "wrong_step": fault.step + 1,
+        "error": fault.kind,
+        **labels,
+    }
+
+
+def fresh(make: Callable[[Draw], Problem], split: str, seen: set[str], draw: Draw) -> tuple[Problem, str]:
+    """A problem of this split with its question, not seen before.
+
+    In train the question is new; outside train the problem is, whatever its wording: each row is an observation of its own.
+    """
+    for _ in range(1_000_000):
+        problem = make(draw)
+        question = draw.one_of(WORDINGS).format(problem.expression)
+        key = question if split == "train" else problem.canonical
+        if split_of(problem.canonical) == split and key not in seen:
+            seen.add(key)
+            return problem, question
+    raise ValueError(f"{split} has too few problems for {len(seen)} rows and more")
+
+
+def rows(table: str, split: str, count: int) -> list[dict[str, object]]:
+    """`count` rows of each level, the levels in turn, so that any first part of a file has them all."""
+    name = hashlib.sha256(f"{SEED}/{table}/{split}".encode()).digest()
+    draw = Draw(int.from_bytes(name[:8], "big"))
+    seen: set[str] = set()
+    return [row(table, *fresh(make, split, seen, draw), draw) for _ in range(count) for make in LEVELS.values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    folder = parser.parse_args().output
+    for (table, split), count in ROWS_PER_LEVEL.items():
+        file = folder / table / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(item) + "\n" for item in rows(table, split, count))
+        file.write_bytes(text.encode())
+        print(f"{file}: {count * len(LEVELS)} rows, {len(text)} bytes")
+
+
+if __name__ == "__main__":
+    main()
