@@ -23,14 +23,14 @@ Usage: accelerate launch [--config_file LAUNCH.yaml] run.py --config FILE.yaml [
 def help_text(config_type: type[BaseModel]) -> str:
     """All keys of a configuration type: its own first, then the groups that it inherits."""
     parts = [USAGE]
-    for title, keys in _groups(config_type):
+    for title, keys in groups(config_type):
         parts.append(title)
         parts.extend(_entry(key, config_type.model_fields[key], config_type) for key in keys)
     return "\n\n".join(parts)
 
 
-def _groups(config_type: type[BaseModel]) -> Iterator[tuple[str, list[str]]]:
-    """Title and keys of each class in which keys are first declared."""
+def groups(config_type: type[BaseModel]) -> Iterator[tuple[str, list[str]]]:
+    """Title and keys of each class in which keys are first declared: the type's own, then its bases in their order."""
     homes: dict[type[BaseModel], list[str]] = {}
     for key in config_type.model_fields:
         holders = [c for c in config_type.__mro__ if key in vars(c).get("__annotations__", {})]

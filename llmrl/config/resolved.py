@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from llmrl.config.help import groups
 from llmrl.config.keys import Housekeeping
 from llmrl.config.schema import CoreLoader
 
@@ -32,7 +33,8 @@ class _Dumper(yaml.SafeDumper):
 def to_yaml(config: BaseModel) -> str:
     """Every key with its value, `method` first; given back as `--config` it repeats the run."""
     values = config.model_dump(mode="json", exclude=set(NOT_REPEATED))
-    ordered = {key: values[key] for key in sorted(values, key=lambda key: key != "method")}
+    in_groups = [key for _, keys in groups(type(config)) for key in keys if key in values]
+    ordered = {key: values[key] for key in sorted(in_groups, key=lambda key: key != "method")}
     return yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

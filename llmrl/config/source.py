@@ -97,7 +97,8 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, name: str, origins: dict[Key
         origins[*path, key] = f"{name}, line {line}"
         tree[key] = _value(value_node, (*path, key), name, origins)
     for merged in _merged(node, name):
-        for key, value in _mapping(merged, path, name, merged_origins := {}).items():
+        merged_origins: dict[KeyPath, str] = {}
+        for key, value in _mapping(merged, path, name, merged_origins).items():
             if key not in tree:
                 tree[key] = value
                 origins.update({p: o for p, o in merged_origins.items() if p[: len(path) + 1] == (*path, key)})
@@ -131,7 +132,8 @@ def _value(node: yaml.Node, path: KeyPath, name: str, origins: dict[KeyPath, str
         raise RefusedError(f"{name}, line {_line(node)}: the tag {node.tag} is not supported; write a plain value")
     if node.tag == NULL_TAG:
         return None
-    return node.value if node.style is None else Quoted(node.value)
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return node.value if plain else Quoted(node.value)
 
 
 def _line(node: yaml.Node) -> int:

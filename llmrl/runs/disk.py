@@ -1,0 +1,89 @@
+"""Telling a failed disk from other failures, and saying what to do about it.
+
+torch and safetensors report a full disk as their own error types, so the text has to be read as well.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmrl.errors import RunFailedError
+
+DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE})
+DISK_WORDS = re.compile(
+    r"no space left|os error (?:28|27|5|30|122)\b|disk quota|file too large|input/output error|read-only file system"
+    r"|PytorchStreamWriter failed|inline_container|unexpected pos",
+    re.IGNORECASE,
+)
+
+
+def is_disk_failure(error: BaseException) -> bool:
+    """Whether the disk is the cause: full, over quota, read-only, gone."""
+    return any(
+        (isinstance(link, OSError) and link.errno in DISK_ERRNOS) or DISK_WORDS.search(str(link)) is not None
+        for link in _chain(error)
+    )
+
+
+def as_disk_failure(
+    error: BaseException, root: Path, what: str, written: int, intact: Path | None
+) -> RunFailedError | None:
+    """The error for a person when the disk failed while `what` was written below `root`, else None.
+
+    `written`: bytes that got onto the disk before it failed; `intact`: the newest whole checkpoint.
+    """
+    if not is_disk_failure(error) and not isinstance(error, OSError):
+        return None
+    device = _existing(root)
+    free = shutil.disk_usage(device).free
+    needed = f"more than the {size(written)} written before it failed"
+    if intact is not None:
+        needed = f"about {size(sum(f.stat().st_size for f in intact.rglob('*') if f.is_file()))}, as {intact.name} does"
+    kept = f"{intact} is whole" if intact is not None else "there was no earlier checkpoint"
+    remedy = "Free space, or lower save_total_limit," if is_disk_failure(error) else "Mend that,"
+    return RunFailedError(
+        f"{what} could not be written: {_reason(error)}. The disk that holds {root} (mounted at {_mount(device)}) has "
+        f"{size(free)} free; it needs {needed}. The half-written files are removed; {kept}. {remedy} "
+        "and give the same command with --resume_from_checkpoint latest"
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for a person."""
+    if count < 1000:
+        return f"{count} bytes"
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**power:.1f} {('', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    for _ in range(10):
+        if link is None:
+            return
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _reason(error: BaseException) -> str:
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno in DISK_ERRNOS:
+            return os.strerror(link.errno)
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _mount(path: Path) -> Path:
+    path = path.resolve()
+    while not path.is_mount():
+        path = path.parent
+    return path

@@ -1,0 +1,54 @@
+"""SIGTERM and SIGINT as a wish to stop with a whole checkpoint.
+
+Invariants: while steps are being trained a signal sets `run.interrupted` and the loop ends the step, saves, and raises
+RunInterruptedError; before training there is nothing to save, so it is raised at once; a later signal ends the process
+at once with 128 + its number. Launchers pass a signal on that the process may have got already from its group, so
+signals within `SAME_WISH` seconds of the first are the same wish.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from llmrl.errors import RunInterruptedError
+from llmrl.runs.console import complain
+from llmrl.runs.directory import Run
+
+SAME_WISH = 3.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stop_on_signals(run: Run) -> Iterator[None]:
+    """Within the context signals mean the above; the earlier handlers come back after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first: list[float] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if first:
+            if time.monotonic() - first[0] >= SAME_WISH:
+                if run.is_main:
+                    complain(f"{name} again: ending at once, what is not yet saved is lost")
+                os._exit(128 + number)
+            return
+        first.append(time.monotonic())
+        run.interrupted = True
+        if not run.training:
+            raise RunInterruptedError(f"{name} before the first step; nothing was trained yet")
+        run.note(
+            f"{name}: stopping after this step with a checkpoint (once more in {SAME_WISH:.0f} s or later: at once)"
+        )
+
+    earlier = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
