@@ -5,7 +5,8 @@ means the same here; a key marked `Housekeeping` never changes the trained weigh
 another value of it. The docstring under a key is its text in `--help`.
 
 A method combines the groups, `class MyConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys)`, names itself in
-`method: Literal["mine"] = "mine"`, adds its own keys, and takes sections as `task_evaluation: TaskEvaluationKeys | None`.
+`method: Literal["mine"] = "mine"`, adds its own keys, and takes a section as
+`task_evaluation: TaskEvaluationKeys | None = None`.
 """
 
 import difflib

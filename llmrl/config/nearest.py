@@ -1,4 +1,4 @@
-"""What to say about a key that does not exist: the nearest one that does, or what replaces a name known from elsewhere."""
+"""What to say about a key that does not exist: the nearest that does, or what replaces a name known elsewhere."""
 
 import difflib
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ ELSEWHERE = {
     "per_device_train_batch_size": "the batch is given per step by the method's own key (see --help); "
     "tokens_per_microbatch bounds the memory",
     "per_device_eval_batch_size": "tokens_per_microbatch bounds the memory of evaluation as well",
-    "gradient_accumulation_steps": "a step is split by tokens_per_microbatch as memory needs; the gradient stays the same",
+    "gradient_accumulation_steps": "tokens_per_microbatch splits a step as memory needs, with the same gradient",
     "warmup_steps": "use warmup_ratio, the share of all steps",
     "eval_strategy": "use eval_steps",
     "save_strategy": "use save_steps",

@@ -51,7 +51,7 @@ def fingerprint(config: BaseModel) -> str:
 
 
 def differing_keys(config: BaseModel, stored: dict[str, Any]) -> list[str]:
-    """Lines `key: stored value -> value now` for the result keys in which the configuration differs from a stored one."""
+    """Lines `key: stored value -> value now` for the result keys that differ from those of an earlier configuration."""
     absent = "(absent)"
     now = result_keys(config)
     return [

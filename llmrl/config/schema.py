@@ -1,8 +1,9 @@
-"""What a configuration type expects, in words and by path: for messages, for `--help`, and to shape text into values.
+"""What a configuration type expects, in words and by path: for messages, for `--help`, to shape text into values.
 
-Invariant: nothing is typed here except lists, sections and free-form (`Any`) values; pydantic types and checks the rest.
+Invariant: only lists, sections and free-form (`Any`) values are shaped here; pydantic types and checks the rest.
 """
 
+import re
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -99,7 +100,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def shape(value: Any, annotation: Any, origin: str) -> Any:
-    """A text leaf or tree as the schema wants it: `a,b` as a list, `{...}` as a section, free-form values typed as YAML."""
+    """A text or tree as the schema wants it: `a,b` as a list, `{...}` as a section, free-form values typed as YAML."""
     kinds = arms(annotation)
     if Any in kinds:
         return _free(value)
@@ -136,14 +137,13 @@ class CoreLoader(yaml.SafeLoader):
 
 
 def _add_core_resolvers() -> None:
-    import re
-
+    number = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     rules = (
         ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
         ("int", r"[-+]?[0-9]+", "-+0123456789"),
-        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.0123456789"),
+        ("float", rf"{number}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+.0123456789"),
         ("null", r"null|Null|NULL|~|", "nN~\0"),
-    )  # fmt: skip
+    )
     for tag, pattern, first in rules:
         characters = [*first.replace("\0", ""), ""] if "\0" in first else list(first)
         CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), characters)

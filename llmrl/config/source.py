@@ -90,8 +90,9 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, name: str, origins: dict[Key
     for key_node, value_node in _pairs(node, name):
         key, line = str(key_node.value), _line(key_node)
         if key in seen:
+            dotted = ".".join((*path, key))
             raise RefusedError(
-                f"{name}, line {line}: key `{'.'.join((*path, key))}` is given twice (first on line {seen[key]}); remove one"
+                f"{name}, line {line}: `{dotted}` is given twice (first on line {seen[key]}); remove one"
             )
         seen[key] = line
         origins[*path, key] = f"{name}, line {line}"

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there, whatever moment the process or the disk chooses to fail.
 
-Invariants: a checkpoint is written under another name, every file synced, `manifest.json` (with every file's size) last,
-then renamed to `checkpoints/step_N`; older ones go only after that. `latest` believes nothing that its manifest does
-not vouch for. Names that begin with `.tmp_` are leftovers: the next `begin` removes them.
+Invariants: a checkpoint is written under another name, every file synced, `manifest.json` (with every file's size)
+last, then renamed to `checkpoints/step_N`; older ones go only after that. `latest` believes nothing that its manifest
+does not vouch for. Names that begin with `.tmp_` are leftovers: the next `begin` removes them.
 
 One process calls `publish`. With several, rank 0 calls `begin`, all write below the path it gives (the name is the same
 on all: `pending`), then rank 0 calls `commit`, with barriers between; each rank writes inside `guarded`.
@@ -98,7 +98,7 @@ def latest(root: Path) -> Path | None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint. Raises RefusedError when the checkpoint is not whole, saying what is wrong."""
+    """The manifest of a whole checkpoint. Raises RefusedError saying what is wrong with one that is not whole."""
     manifest, problem = _inspect(path)
     if problem:
         raise RefusedError(f"{path} is not a whole checkpoint: {problem}. Name another, or `latest`")

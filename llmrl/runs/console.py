@@ -1,6 +1,6 @@
 """Speaking to a person, and never failing because nobody listens.
 
-Invariants: a closed pipe, a vanished terminal or one that cannot show a character stops nothing; other ranks are silent.
+Invariants: a closed pipe, a vanished terminal or one that cannot show a character stops nothing; only rank 0 speaks.
 """
 
 import os

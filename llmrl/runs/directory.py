@@ -232,8 +232,8 @@ class Run:
         before = self._manifest.get("world_size", 1)
         if before != ranks.world_size():
             raise RefusedError(
-                f"{self.checkpoint} was written by {before} processes and {ranks.world_size()} run now: the optimizer's "
-                f"shards and random states do not fit. Launch {before} processes, or start a new run in another output_dir"
+                f"{self.checkpoint} was written by {before} processes and {ranks.world_size()} run now: the "
+                f"optimizer's shards and random states do not fit. Launch {before} processes, or begin anew elsewhere"
             )
 
     def _take_directory(self, argv: Sequence[str] | None) -> None:

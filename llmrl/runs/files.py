@@ -29,7 +29,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value as strict JSON can hold it: tensors and arrays of one element as numbers, NaN and infinities as None."""
+    """The value as strict JSON can hold it: one-element tensors and arrays as numbers, NaN and infinities as None."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -81,10 +81,9 @@ class Progress:
         from rich.progress import Progress as RichProgress
 
         screen = RichConsole(file=self._console.stream)  # type: ignore[arg-type]
-        self._bar = RichProgress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[facts]}"),
-            console=screen,
-        )  # fmt: skip
+        facts = TextColumn("{task.fields[facts]}")
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), facts)
+        self._bar = RichProgress(*columns, console=screen)
         self._task = self._bar.add_task("training", total=self.total_steps, completed=self.done, facts="")
         self._bar.start()
         self._console.attach(self._bar.console)

@@ -1,4 +1,4 @@
-"""Which process of how many this is, as accelerate and torchrun tell it: by the environment, before torch is imported."""
+"""Which process of how many this is, as accelerate and torchrun tell it in the environment: no torch needed."""
 
 import os
 

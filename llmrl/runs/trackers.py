@@ -28,7 +28,7 @@ PROJECT = "llmrl"
 
 
 def available(names: list[str]) -> list[str]:
-    """The trackers to use; `all` becomes those that are installed. Raises RefusedError naming a package that is missing."""
+    """The trackers to use; `all` becomes those installed. Raises RefusedError naming a package that is missing."""
     if "all" in names:
         return [name for name, (_, module, _) in CLASSES.items() if _installed(module)]
     for name in names:

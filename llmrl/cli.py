@@ -1,0 +1,156 @@
+"""The `llmrl` command: one function a subcommand, found in one dictionary. Only what works is in it.
+
+Invariants: nothing heavy is imported before a subcommand needs it; a refusal is one message on standard error, exit 2.
+"""
+
+import importlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from pydantic import BaseModel
+
+from llmrl import __version__
+from llmrl.config.nearest import nearest
+from llmrl.config.parse import parse
+from llmrl.config.source import read_yaml
+from llmrl.errors import LlmrlError, RefusedError
+from llmrl.runs.console import Console, complain
+
+RECIPE_PRESETS = ("tiny.yaml", "laptop.yaml")
+
+
+def check(words: Sequence[str]) -> None:
+    """llmrl check RECIPE_OR_CONFIG [--key value ...]
+
+    Finds every mistake that can be found without training: configuration, data, model and tokenizer, batch arithmetic,
+    memory, disk, missing packages. RECIPE is a name such as dpo, or the folder of a recipe (its tiny.yaml is checked);
+    CONFIG is a YAML file. Exit code 0 when the run could start, 2 otherwise.
+    """
+    if not words or words[0].startswith("-"):
+        raise RefusedError("name a recipe or a YAML file: llmrl check recipes/dpo/tiny.yaml [--key value ...]")
+    config_file = _config_file(words[0])
+    method = _method_of(config_file)
+    module = _trainer(method)
+    config = parse(_config_type(module, method), ["--config", str(config_file), *words[1:]]).config
+    console = Console()
+    for line in module.check(config):
+        console.say(line)
+    console.say(f"{config_file}: no mistake found; the run can start")
+
+
+def report(words: Sequence[str]) -> None:
+    """llmrl report RUN_DIR
+
+    Writes RUN_DIR/report.html, a self-contained page of the run, and prints its path. Works while a run is going on and
+    for interrupted and failed runs.
+    """
+    if len(words) != 1 or words[0].startswith("-"):
+        raise RefusedError("name one run directory: llmrl report RUN_DIR")
+    from llmrl.runs.report import write_report
+
+    try:
+        page = write_report(Path(words[0]))
+    except OSError as error:
+        raise RefusedError(f"the report cannot be written into {words[0]}: {error.strerror or error}") from None
+    Console().say(str(page))
+
+
+def model(words: Sequence[str]) -> None:
+    """llmrl model NAME
+
+    Prints the folder of a model that can be had without a hub, fetching or training it first where it is not there yet:
+    `smollm2` (SmolLM2-135M-Instruct) or `starter` (a tiny model, trained here in about a minute).
+    """
+    if len(words) != 1 or words[0].startswith("-"):
+        raise RefusedError("name one model: llmrl model smollm2, or llmrl model starter")
+    from llmrl.models import resolve
+
+    Console().say(resolve(words[0]))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"check": check, "report": report, "model": model}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The console script: runs a subcommand and exits with the code of the contract."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a command that has nothing to save, without a traceback
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """As `main`, but returns the exit code."""
+    words = list(argv)
+    name = words[0] if words else "--help"
+    try:
+        if name in ("-h", "--help", "help"):
+            Console().say(usage())
+        elif name == "--version":
+            Console().say(f"llmrl {__version__}")
+        elif name not in COMMANDS:
+            raise RefusedError(f"unknown command `{name}`; did you mean `{nearest(name, COMMANDS)}`? See llmrl --help")
+        elif {"-h", "--help"} & set(words[1:]) and (name != "check" or words[1].startswith("-")):
+            Console().say(_text(COMMANDS[name]))
+        else:
+            COMMANDS[name](words[1:])
+    except LlmrlError as error:
+        complain(f"{'refused' if isinstance(error, RefusedError) else 'failed'}: {error}")
+        return error.exit_code
+    return 0
+
+
+def usage() -> str:
+    """The commands, each with the first sentence of its text."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {_text(command).splitlines()[2].strip()}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["Usage: llmrl COMMAND ...", "", *lines, "", "llmrl COMMAND --help says more.", "",
+         "Training: accelerate launch recipes/METHOD/run.py --config recipes/METHOD/PRESET.yaml [--key value ...]"]
+    )  # fmt: skip
+
+
+def _text(command: Callable[[Sequence[str]], None]) -> str:
+    lines = [line.removeprefix("    ") for line in (command.__doc__ or "").strip().splitlines()]
+    return "\n".join(lines).rstrip()
+
+
+def _config_file(word: str) -> Path:
+    """The YAML file that a recipe's name, a recipe's folder, or a file's name stands for."""
+    path = Path(word)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    for folder in (path, Path("recipes") / word):
+        for preset in RECIPE_PRESETS if folder.is_dir() else ():
+            if (folder / preset).is_file():
+                return folder / preset
+    known = sorted(p.parent.name for p in Path("recipes").glob("*/*.yaml"))
+    has = f"; recipes here: {', '.join(dict.fromkeys(known))}" if known else " (there is no folder recipes/ here)"
+    raise RefusedError(f"`{word}` is neither a YAML file nor a recipe with a preset{has}")
+
+
+def _method_of(config_file: Path) -> str:
+    """The `method:` key of the file, else the name of the recipe's folder that holds it."""
+    tree, _ = read_yaml(config_file)
+    return str(tree.get("method") or config_file.absolute().parent.name)
+
+
+def _trainer(method: str) -> ModuleType:
+    from llmrl.trainers import METHODS
+
+    if method not in METHODS:
+        raise RefusedError(
+            f"there is no method `{method}`; did you mean `{nearest(method, METHODS)}`? Known are {', '.join(METHODS)}"
+        )
+    return importlib.import_module(METHODS[method])
+
+
+def _config_type(module: ModuleType, method: str) -> type[BaseModel]:
+    """The configuration in a trainer's module whose `method` key stands for this method."""
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, BaseModel) and "method" in value.model_fields:
+            if value.model_fields["method"].default == method:
+                return value
+    raise LlmrlError(f"{module.__name__} has no configuration for the method {method}")

@@ -1,0 +1,202 @@
+"""What a report shows, read from a run directory that may be unfinished, torn, or from a killed process.
+
+Invariant: whatever the files hold, reading them raises nothing; what is missing or not a number is left out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrl.runs.curves import Series
+from llmrl.runs.files import read_json, read_lines
+
+FIRST = (
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards",
+    "reward",
+    "logps",
+    "entropy",
+    "kl",
+    "grad_norm",
+    "learning_rate",
+)
+NOT_CURVES = ("step", "num_tokens", "epoch")
+PAIRED = ("/chosen", "/rejected")
+INTERVAL = (("interval_low", "interval_high"), ("low", "high"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value with its interval, where it has one, and how many rows it stands on."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and what was answered: (label, text, right or wrong or unknown)."""
+
+    prompt: str
+    answer: str | None
+    completions: list[tuple[str, str, bool | None]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything that the page is made from."""
+
+    directory: Path
+    summary: dict[str, Any]
+    environment: dict[str, Any]
+    config: str
+    lines: list[dict[str, Any]]
+    evaluations: list[tuple[int, str, dict[str, Measured]]]
+    samples: list[Sample]
+    notes: str
+    error: str
+
+
+def read_run(directory: Path) -> RunData:
+    """Reads what is there."""
+    status = read_json(directory / "summary.json", {})
+    environment = read_json(directory / "environment.json", {})
+    summary = status if isinstance(status, dict) else {}
+    return RunData(
+        directory=directory,
+        summary=summary,
+        environment=environment if isinstance(environment, dict) else {},
+        config=_text(directory / "config.yaml"),
+        lines=[line for line in read_lines(directory / "metrics.jsonl") if number(line.get("step")) is not None],
+        evaluations=_evaluations(read_json(directory / "evals.json", [])),
+        samples=_samples(read_json(directory / "samples.json", [])),
+        notes=_text(directory / "notes.log"),
+        error=_text(directory / "error.log") if summary.get("status") == "failed" else "",
+    )
+
+
+def training_panels(lines: list[dict[str, Any]]) -> dict[str, list[Series]]:
+    """Panel title -> its series, the important ones first; `x/chosen` and `x/rejected` share a panel."""
+    names = dict.fromkeys(key for line in lines for key in line if key not in NOT_CURVES)
+    panels: dict[str, list[Series]] = {}
+    for name in names:
+        points = [(float(line["step"]), value) for line in lines if (value := number(line.get(name))) is not None]
+        if points:
+            title = next((name.removesuffix(end) for end in PAIRED if name.endswith(end)), name)
+            label = name.rsplit("/", 1)[-1] if title != name else name
+            panels.setdefault(title, []).append(Series(label, [x for x, _ in points], [y for _, y in points]))
+    return dict(sorted(panels.items(), key=lambda item: FIRST.index(item[0]) if item[0] in FIRST else len(FIRST)))
+
+
+def evaluation_panels(evaluations: list[tuple[int, str, dict[str, Measured]]]) -> dict[str, list[Series]]:
+    """Panel title -> one series for each metric that was evaluated more than once."""
+    panels: dict[str, list[Series]] = {}
+    for title in dict.fromkeys(f"{name}: {key}" for _, name, metrics in evaluations for key in metrics):
+        found = [
+            (step, m) for step, name, metrics in evaluations for key, m in metrics.items() if f"{name}: {key}" == title
+        ]
+        whole = all(m.low is not None and m.high is not None for _, m in found)
+        if len({step for step, _ in found}) > 1:
+            low = [m.low for _, m in found if m.low is not None] if whole else []
+            high = [m.high for _, m in found if m.high is not None] if whole else []
+            panels[title] = [Series(title, [float(s) for s, _ in found], [m.value for _, m in found], low, high)]
+    return panels
+
+
+def before_after(
+    evaluations: list[tuple[int, str, dict[str, Measured]]],
+) -> list[tuple[str, str, tuple[int, Measured], tuple[int, Measured] | None]]:
+    """(evaluation, metric, (step, first), (step, last) or None where it was measured once)."""
+    rows = []
+    for name in dict.fromkeys(name for _, name, _ in evaluations):
+        mine = [(step, metrics) for step, other, metrics in evaluations if other == name]
+        for key in dict.fromkeys(key for _, metrics in mine for key in metrics):
+            found = [(step, metrics[key]) for step, metrics in mine if key in metrics]
+            rows.append((name, key, found[0], found[-1] if len(found) > 1 else None))
+    return rows
+
+
+def number(value: Any) -> float | None:
+    """The value where it is a finite number (JSON has no other), else None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+        return float(value)
+    return None
+
+
+def _evaluations(stored: Any) -> list[tuple[int, str, dict[str, Measured]]]:
+    found = []
+    for item in stored if isinstance(stored, list) else []:
+        if isinstance(item, dict) and number(item.get("step")) is not None and isinstance(item.get("metrics"), dict):
+            found.append((int(item["step"]), str(item.get("name", "")), _measured(item["metrics"])))
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
+    """Numbers by name. An interval belongs to `accuracy`, or to `x` where it is called `x_low` and `x_high`."""
+    count = number(metrics.get("n"))
+    n = int(count) if count is not None else None
+    found: dict[str, Measured] = {}
+    used = {"n"}
+    for key in metrics:
+        value = number(metrics[key])
+        for low, high in (
+            (f"{key}_low", f"{key}_high"),
+            *((("interval_low", "interval_high"),) if key == "accuracy" else ()),
+        ):
+            ends = number(metrics.get(low)), number(metrics.get(high))
+            if value is not None and None not in ends:
+                found[key] = Measured(value, *ends, n)
+                used |= {low, high}
+                break
+        else:
+            if value is not None:
+                found[key] = Measured(value, n=n)
+    return {key: item for key, item in found.items() if key not in used}
+
+
+def _samples(stored: Any) -> list[Sample]:
+    samples = []
+    for item in stored if isinstance(stored, list) else []:
+        if isinstance(item, dict):
+            answer = item.get("answer")
+            samples.append(
+                Sample(_said(item.get("prompt")), None if answer is None else str(answer), _completions(item))
+            )
+    return samples
+
+
+def _completions(item: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
+    stored = item.get("completions")
+    if isinstance(stored, dict):
+        stored = [{"label": label, "text": text} for label, text in stored.items()]
+    found = []
+    for entry in stored if isinstance(stored, list) else []:
+        if isinstance(entry, dict):
+            right = entry.get("correct")
+            found.append(
+                (str(entry.get("label", "")), _said(entry.get("text")), right if isinstance(right, bool) else None)
+            )
+    return found
+
+
+def _said(value: Any) -> str:
+    """Text, or messages as `role: content` lines; one message alone is its content."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        return str(value[0].get("content", ""))
+    if isinstance(value, list):
+        return "\n".join(
+            f"{m.get('role', '')}: {m.get('content', '')}" if isinstance(m, dict) else str(m) for m in value
+        )
+    return "" if value is None else str(value)
+
+
+def _text(path: Path, most: int = 40_000) -> str:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return text if len(text) <= most else f"(the first {len(text) - most} characters are left out)\n{text[-most:]}"
