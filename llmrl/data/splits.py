@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 from datasets import Dataset, DatasetDict
 
+from llmrl.data.messages import implicit_prompt
 from llmrl.data.sources import find_source
 
-# What makes two rows the same question, by the first of these columns that is there; else the whole row.
-PROMPT_COLUMNS = ("prompt", "conversations")
+# The columns that say what a row asks, by the first of these that are there; else the whole row does.
+PROMPT_COLUMNS = (("prompt",), ("conversations",), ("chosen", "rejected"), ("messages",))
 LARGEST_SHARE = 0.1
 
 
@@ -62,8 +63,8 @@ def train_and_heldout(
 ) -> tuple[Rows, Rows | None]:
     """Rows to train on and rows to evaluate on; None if eval_rows is 0 or nothing can be held out. Says which.
 
-    The source's own `dataset_test_split` is taken where it has one, at most `eval_rows` rows of it, spread over it.
-    Else `eval_rows` rows, at most a tenth, are held out of the train split.
+    The source's own `dataset_test_split` is taken whole where it has one. Else `eval_rows` rows, at most a tenth, are
+    held out of the train split.
     """
     source = find_source(keys.dataset_name if dataset is None else dataset, keys.dataset_config)
     train_split, test_split = keys.dataset_train_split, keys.dataset_test_split
@@ -72,17 +73,10 @@ def train_and_heldout(
         say(f"data: {train.where}: {len(train)} rows to train on, none held out (eval_rows is 0)")
         return train, None
     if test_split in source.names and test_split != train_split:
-        test = whole(source.rows(test_split, "dataset_test_split"), source.names[test_split])
-        heldout = test.select(spread(len(test), keys.eval_rows))
-        say(f"data: {train.where}: {len(train)} rows to train on; {test.where}: {len(heldout)} of {len(test)} held out")
+        heldout = whole(source.rows(test_split, "dataset_test_split"), source.names[test_split])
+        say(f"data: {train.where}: {len(train)} rows to train on; {heldout.where}: {len(heldout)} rows held out")
         return train, heldout
     return hold_out(train, keys.eval_rows, say)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` indices below `count`, evenly spaced."""
-    wanted = min(count, wanted)
-    return [index * count // wanted for index in range(wanted)]
 
 
 def hold_out(rows: Rows, wanted: int, say: Callable[[str], None]) -> tuple[Rows, Rows | None]:
@@ -102,13 +96,21 @@ def hold_out(rows: Rows, wanted: int, say: Callable[[str], None]) -> tuple[Rows,
 
 
 def _prompt_keys(table: Dataset) -> list[bytes]:
-    columns = [name for name in PROMPT_COLUMNS if name in table.column_names][:1]
-    view = table.select_columns(columns) if columns else table
-    return [_digest(row) for batch in view.iter(1000) for row in _rows_of(batch)]
+    columns = next((names for names in PROMPT_COLUMNS if set(names) <= set(table.column_names)), None)
+    view = table.select_columns(list(columns)) if columns else table
+    return [_digest(_prompt(row)) for batch in view.iter(1000) for row in _rows_of(batch)]
 
 
-def _rows_of(batch: dict[str, list[Any]]) -> list[tuple[Any, ...]]:
-    return list(zip(*batch.values(), strict=True))
+def _rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _prompt(row: dict[str, Any]) -> Any:
+    if row.keys() == {"chosen", "rejected"}:
+        return implicit_prompt(row["chosen"], row["rejected"]) or row
+    if row.keys() == {"messages"}:
+        return row["messages"][:-1] if isinstance(row["messages"], list) else row
+    return row
 
 
 def _digest(value: Any) -> bytes:
