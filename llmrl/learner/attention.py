@@ -36,10 +36,18 @@ def tree_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query [1, heads, T, D], key and value [1, kv_heads, T, D] -> [1, T, heads, D]."""
+    """transformers' attention signature: query [1, heads, T, D], key, value [1, kv_heads, T, D] -> [1, T, heads, D]."""
     if layout is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
@@ -50,7 +58,9 @@ def tree_attention(
     elif window is None and query.device.type == "cpu":
         out = _TreeAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), layout, scaling)
     else:
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask(window), scale=scaling)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=layout.mask(window), scale=scaling
+        )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -87,7 +97,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         grads = tuple(torch.zeros_like(t) for t in (query, key, value))
         for node in ctx.layout.nodes:
@@ -113,7 +123,9 @@ class _TreeAttention(torch.autograd.Function):
 def _merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
     """Fold a further part of the softmax into out [1, heads, rows, D] and lse [1, heads, rows], in place."""
     total = torch.logaddexp(lse, part_lse)
-    out.mul_(torch.exp(lse - total)[..., None].to(out.dtype)).add_(part_out * torch.exp(part_lse - total)[..., None].to(out.dtype))
+    out.mul_(torch.exp(lse - total)[..., None].to(out.dtype)).add_(
+        part_out * torch.exp(part_lse - total)[..., None].to(out.dtype)
+    )
     lse.copy_(total)
 
 

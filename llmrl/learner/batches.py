@@ -34,7 +34,9 @@ def tree_inputs(groups: list[Group], device: torch.device | str) -> ModelInputs:
     packed = pack(groups, device)
     sequences = [s for group in groups for s in group]
     sources = [place[np.flatnonzero(s.scored) - 1] for s, place in zip(sequences, packed.places, strict=True)]
-    return _inputs(packed.token_ids[None], packed.layout.positions[None], None, packed.layout, sources, sequences, device)
+    return _inputs(
+        packed.token_ids[None], packed.layout.positions[None], None, packed.layout, sources, sequences, device
+    )
 
 
 def padded_inputs(groups: list[Group], device: torch.device | str, pad_id: int = 0) -> ModelInputs:
@@ -75,7 +77,10 @@ def scored_tokens(groups: list[Group], totals: Totals, device: torch.device | st
     """The index vectors of a micro-batch's scored tokens, in the order of groups, sequences and tokens."""
     sequences = [s for group in groups for s in group]
     counts = [s.num_scored for s in sequences]
-    turns = [np.zeros(n, np.int64) if s.turn_index is None else s.turn_index[s.scored] for s, n in zip(sequences, counts, strict=True)]
+    turns = [
+        np.zeros(n, np.int64) if s.turn_index is None else s.turn_index[s.scored]
+        for s, n in zip(sequences, counts, strict=True)
+    ]
 
     def known(name: str) -> Tensor | None:
         parts: list[Floats | None] = [getattr(s, name) for s in sequences]
@@ -91,5 +96,8 @@ def scored_tokens(groups: list[Group], totals: Totals, device: torch.device | st
         totals=totals,
         reference_logprobs_N=known("reference_logprobs"),
         behaviour_logprobs_N=known("behaviour_logprobs"),
-        values_S={name: torch.tensor([s.values[name] for s in sequences], dtype=torch.float32, device=device) for name in names},
+        values_S={
+            name: torch.tensor([s.values[name] for s in sequences], dtype=torch.float32, device=device)
+            for name in names
+        },
     )

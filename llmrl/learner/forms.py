@@ -1,7 +1,7 @@
 """Which form of forward pass a model gets: the prefix tree, or padded rows where its attention cannot take a tree.
 
 The choice is made by what is known of the model and then checked once, on random tokens, against the model's own
-forward: a wrong mask or an unknown step between hidden states and logits fails in silence, for the loss still goes down.
+forward: a wrong mask, or an unknown step between hidden states and logits, fails in silence; the loss still goes down.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from llmrl.learner.sequences import Group, completion
 
 Form = Literal["tree", "padded"]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest difference in log-probability between two right forwards of the probe, by the precision computed in; a wrong
-mask is off by whole units on a trained model. float32 on GPUs may multiply in TF32 and is given the tolerance of float16."""
+"""Largest difference in log-probability between two right forwards of the probe, by precision of computation; a wrong
+mask is off by whole units on a trained model. float32 on GPUs may multiply in TF32 and gets the tolerance of float16."""
 
 
 def choose(policy: Policy, asked: str, say: Callable[[str], None]) -> Form:
@@ -59,13 +59,15 @@ def probe_group(vocabulary: int) -> Group:
     draw = np.random.default_rng(0)
     prompt, middle = draw.integers(0, vocabulary, 12), draw.integers(0, vocabulary, 10)
     tails = [draw.integers(0, vocabulary, n) for n in (6, 3, 9)]
-    return tuple(completion(prompt, np.concatenate([m, t])) for m, t in zip((middle, middle, middle[:0]), tails, strict=True))
+    return tuple(
+        completion(prompt, np.concatenate([m, t])) for m, t in zip((middle, middle, middle[:0]), tails, strict=True)
+    )
 
 
 def check(
     form: Form, score: Callable[[Form, bool], Tensor], precision: torch.dtype, on_cpu: bool, say: Callable[[str], None]
 ) -> Form:
-    """Compare with the model's own forward on the probe; falls back to padded rows aloud, and refuses if those differ too.
+    """Compare with the model's own forward on the probe; falls back to padded rows aloud, refuses if those differ too.
 
     score(form, plain) -> [N] log-probabilities of the probe.
     """
@@ -75,11 +77,14 @@ def check(
         error = _difference(lambda: score("tree", False), truth)
         if error <= tolerance:
             return "tree"
-        say(f"the prefix-tree forward differs from the model's own by {error:.2g} in log-probability: using padded rows, which are slower.")
+        say(
+            f"the prefix-tree forward differs from the model's own by {error:.2g} in log-probability: "
+            "using padded rows, which are slower."
+        )
     error = _difference(lambda: score("padded", False), truth)
     if error > tolerance:
         raise RefusedError(
-            f"log-probabilities computed from this model's hidden states differ from its own logits by {error:.2g}: its "
+            f"log-probabilities from this model's hidden states differ from its own logits by {error:.2g}: its "
             "forward does something between the two that llmrl does not know. Please report the model's name."
         )
     return "padded"
@@ -91,12 +96,12 @@ def _difference(score: Callable[[], Tensor], truth: Tensor) -> float:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Policy and reference must be functions of their weights: dropout of the model itself is off (an adapter's is not)."""
+    """Policy and reference are functions of their weights: the model's own dropout is off (an adapter's is not)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and "lora_" not in name:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+            module.attention_dropout = 0.0
 
 
 def enable_gradient_checkpointing(policy: Policy) -> None:

@@ -5,9 +5,9 @@ With logits z = f(W h + b), f the model's own scaling or soft-cap divided by the
     log p_n = z_{n, target} - logsumexp(z_n)             d log p_n / d z_n = onehot(target) - p_n
     H_n     = logsumexp(z_n) - sum_v p_nv z_nv           d H_n / d z_n     = -p_n (log p_n + H_n)
 
-Both Jacobians are known in the forward pass, before anyone knows the upstream gradient g_n, a single number per token.
-So the forward keeps u_n = W^T f'(.) (onehot - p_n), [N, hidden], and the backward is g_n u_n: with a frozen head nothing
-is computed twice. A trainable head recomputes its logits chunk by chunk in the backward, for the weight's gradient only.
+Both Jacobians are known in the forward pass, before anyone knows the upstream gradient g_n, one number per token. So
+the forward keeps u_n = W^T f'(.) (onehot - p_n), [N, hidden], and the backward is g_n u_n: with a frozen head nothing is
+computed twice. A trainable head recomputes its logits chunk by chunk in the backward, for the weight's gradient only.
 """
 
 import types
@@ -24,7 +24,7 @@ MAX_CHUNK_ROWS = 512
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """From W h + b to the logits that are sampled from: multiply by `scale`, then soft-cap, then divide by temperature."""
+    """From W h + b to the logits that are sampled from: multiply by `scale`, soft-cap, divide by temperature."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -32,7 +32,7 @@ class LogitTransform:
 
     @classmethod
     def of_model(cls, config: Any, temperature: float = 1.0) -> "LogitTransform":
-        """Read a transformers config: Gemma's final soft-cap, Cohere's logit_scale, Granite's logits_scaling (a divisor)."""
+        """From a transformers config: Gemma's final soft-cap, Cohere's logit_scale, Granite's logits_scaling."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         return cls(scale, getattr(config, "final_logit_softcapping", None), temperature)
@@ -96,7 +96,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
         targets, by_logprob, by_entropy, hidden = ctx.saved_tensors
         grad_hidden = None
         if by_logprob is not None:
@@ -145,7 +145,9 @@ def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).float()
+    return nn.functional.linear(
+        hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)
+    ).float()
 
 
 def _logprob_jacobian(p: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
@@ -161,6 +163,7 @@ def install(head: nn.Linear) -> None:
     The work has to happen inside the layer's own forward, for that is when ZeRO-3 has its weight gathered. Called with
     hidden states alone it stays what it was.
     """
+
     def forward(
         self: nn.Linear,
         hidden: Tensor,
@@ -174,7 +177,14 @@ def install(head: nn.Linear) -> None:
         compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         with torch.autocast(kind, enabled=False):
             return _ChunkedLogProbs.apply(
-                hidden, self.weight, self.bias, targets, self, transform or LogitTransform(), with_entropy, compute_dtype
+                hidden,
+                self.weight,
+                self.bias,
+                targets,
+                self,
+                transform or LogitTransform(),
+                with_entropy,
+                compute_dtype,
             )
 
     head.forward = types.MethodType(forward, head)  # type: ignore[method-assign]

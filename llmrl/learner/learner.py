@@ -128,7 +128,9 @@ class Learner:
 
     def _frozen_reference(self) -> Policy:
         if sharding.zero_stage(self.accelerator) == 3:
-            raise RefusedError("reference: frozen keeps a whole copy on each rank, which ZeRO-3 is there to avoid; use precomputed")
+            raise RefusedError(
+                "reference: frozen keeps a whole copy on each rank, which ZeRO-3 is there to avoid; use precomputed"
+            )
         return reference.frozen_copy(self.policy).to(self.device)
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -143,7 +145,9 @@ class Learner:
         mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
         batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
         totals = Totals(
-            tokens=sum(s.num_scored for g in groups for s in g), sequences=sum(len(g) for g in groups), groups=len(groups)
+            tokens=sum(s.num_scored for g in groups for s in g),
+            sequences=sum(len(g) for g in groups),
+            groups=len(groups),
         )
         sums: dict[str, list[float | Tensor]] = {}
         even = self._even(batches)
@@ -197,10 +201,14 @@ class Learner:
 
     def _means(self, sums: dict[str, list[Any]]) -> dict[str, float]:
         names = sorted(sums)
-        flat = [float(sum(part for part, _ in sums[name])) for name in names] + [float(sum(n for _, n in sums[name])) for name in names]
+        flat = [float(sum(part for part, _ in sums[name])) for name in names] + [
+            float(sum(n for _, n in sums[name])) for name in names
+        ]
         flat = sharding.sum_over_ranks(self.accelerator, flat)
         totals, counts = flat[: len(names)], flat[len(names) :]
-        return {name: total / count if count else total for name, total, count in zip(names, totals, counts, strict=True)}
+        return {
+            name: total / count if count else total for name, total, count in zip(names, totals, counts, strict=True)
+        }
 
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
         """As many micro-batches on every rank; those added are empty."""
@@ -210,7 +218,7 @@ class Learner:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def weights(self, bucket_bytes: int = 2**28) -> Iterator[tuple[str, Tensor]]:
-        """The policy's full parameters by name, gathered bucket by bucket under ZeRO-3; all ranks must walk together."""
+        """The policy's full parameters by name, gathered bucket by bucket under ZeRO-3; all ranks walk together."""
         yield from state.stream_weights(self.causal_lm, bucket_bytes, sharding.zero_stage(self.accelerator) == 3)
 
     def save(self, folder: Path) -> None:

@@ -23,7 +23,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises RefusedError if it cannot be loaded or has no end-of-sequence token."""
     tokenizer = _loaded(path, "tokenizer", lambda: AutoTokenizer.from_pretrained(path))
     if tokenizer.eos_token_id is None:
-        raise RefusedError(f"the tokenizer of {path} has no end-of-sequence token, so a completion could never end; set eos_token in its tokenizer_config.json")
+        raise RefusedError(
+            f"the tokenizer of {path} has no end-of-sequence token, so a completion could never end; "
+            "set eos_token in its tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -52,7 +55,11 @@ def load_model(path: str, keys: ModelKeys, dtype: torch.dtype, say: Say) -> PreT
     Where `path` is an adapter it is merged into its base first, so that the reference is the adapted model.
     """
     attention = {} if keys.attn_implementation == "auto" else {"attn_implementation": keys.attn_implementation}
-    model = _loaded(path, "model", lambda: AutoModelForCausalLM.from_pretrained(_base_of(path), dtype=dtype, use_safetensors=True, **attention))
+    model = _loaded(
+        path,
+        "model",
+        lambda: AutoModelForCausalLM.from_pretrained(_base_of(path), dtype=dtype, use_safetensors=True, **attention),
+    )
     if _is_adapter(path):
         say(f"{path} is an adapter: it is merged into its base before training.")
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
@@ -64,10 +71,17 @@ def add_lora(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
     modules = keys.lora_target_modules
     output = _output_name(model)
     if not isinstance(modules, str) and output in modules:
-        raise RefusedError(f"lora_target_modules names the output layer {output}, which is computed in chunks and takes no adapter; leave it out")
+        raise RefusedError(
+            f"lora_target_modules names the output layer {output}, which is computed in chunks "
+            "and takes no adapter; leave it out"
+        )
     config = LoraConfig(
-        r=keys.lora_r, lora_alpha=keys.lora_alpha, lora_dropout=keys.lora_dropout, target_modules=modules, task_type="CAUSAL_LM"
-    )  # fmt: skip
+        r=keys.lora_r,
+        lora_alpha=keys.lora_alpha,
+        lora_dropout=keys.lora_dropout,
+        target_modules=modules,
+        task_type="CAUSAL_LM",
+    )
     try:
         return get_peft_model(model, config)
     except ValueError as error:

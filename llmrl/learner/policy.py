@@ -1,4 +1,4 @@
-"""The language model as the learner calls it: packed or padded tokens in, log-probabilities of the scored tokens out."""
+"""The language model as the learner calls it: packed or padded tokens in, log-probabilities of scored tokens out."""
 
 from typing import Any, NamedTuple
 
@@ -26,7 +26,9 @@ class Policy(nn.Module):
     there; so only this module is prepared and called.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel | PeftModel, *, temperature: float = 1.0, value_head: bool = False) -> None:
+    def __init__(
+        self, causal_lm: PreTrainedModel | PeftModel, *, temperature: float = 1.0, value_head: bool = False
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         base = base_model(causal_lm)
@@ -43,13 +45,19 @@ class Policy(nn.Module):
         states = base.get_decoder()(**self._body_arguments(inputs), use_cache=False).last_hidden_state
         states_M = states.flatten(0, 1)[inputs.source_M]
         logprobs_M, entropies_M = base.get_output_embeddings()(states_M, inputs.target_M, self.transform, with_entropy)
-        values_M = self.value_head(states_M.to(self.value_head.weight.dtype))[:, 0] if self.value_head is not None else None
+        values_M = (
+            self.value_head(states_M.to(self.value_head.weight.dtype))[:, 0] if self.value_head is not None else None
+        )
         rows = inputs.scored_row_N
-        return Scores(logprobs_M[rows], entropies_M[rows] if with_entropy else None, None if values_M is None else values_M[rows])
+        return Scores(
+            logprobs_M[rows], entropies_M[rows] if with_entropy else None, None if values_M is None else values_M[rows]
+        )
 
     def plain_logprobs(self, inputs: ModelInputs) -> Tensor:
-        """[N] from the model's own forward and full logits on padded rows: slow, and what everything else must equal."""
-        logits = self.causal_lm(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False).logits
+        """[N] from the model's own forward and full logits on padded rows: slow, and what all else must equal."""
+        logits = self.causal_lm(
+            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False
+        ).logits
         logprobs = (logits.flatten(0, 1)[inputs.source_M].float() / self.transform.temperature).log_softmax(-1)
         return logprobs.gather(1, inputs.target_M[:, None])[:, 0][inputs.scored_row_N]
 
@@ -59,7 +67,12 @@ class Policy(nn.Module):
         # A 4-D mask is passed through by transformers as it is: this one only keeps it from building a T x T one.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.input_ids.device)
         mask = {kind: unused for kind in self.layer_types} if len(self.layer_types) > 1 else unused
-        return {"input_ids": inputs.input_ids, "position_ids": inputs.position_ids, "attention_mask": mask, "layout": inputs.layout}
+        return {
+            "input_ids": inputs.input_ids,
+            "position_ids": inputs.position_ids,
+            "attention_mask": mask,
+            "layout": inputs.layout,
+        }
 
 
 def base_model(causal_lm: PreTrainedModel | PeftModel) -> PreTrainedModel:

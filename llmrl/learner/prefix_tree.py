@@ -37,7 +37,7 @@ class TreeLayout:
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None = None) -> Tensor:
-        """[T, T] bool, True = row attends to column; with `window`, only to the last `window` positions, itself included.
+        """[T, T] bool, True = row attends to column; with `window`, only to the last `window` positions, its own too.
 
         For attention that cannot take the tree piece by piece. Quadratic in T, made once per layout.
         """

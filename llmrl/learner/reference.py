@@ -23,7 +23,9 @@ def choose(kind: str, has_adapter: bool) -> ReferenceKind:
     if kind == "auto":
         return "adapter_off" if has_adapter else "precomputed"
     if kind == "adapter_off" and not has_adapter:
-        raise RefusedError("reference: adapter_off needs an adapter to switch off; set use_peft: true or reference: precomputed")
+        raise RefusedError(
+            "reference: adapter_off needs an adapter to switch off; set use_peft: true or reference: precomputed"
+        )
     return kind  # type: ignore[return-value]
 
 

@@ -44,10 +44,10 @@ class TokenSequence:
 Group = tuple[TokenSequence, ...]
 
 
-def completion(prompt_ids: Seq[int], completion_ids: Seq[int], **known: Floats) -> TokenSequence:
+def completion(prompt_ids: Seq[int] | Ints, completion_ids: Seq[int] | Ints) -> TokenSequence:
     """A prompt (not scored) followed by a completion (scored)."""
     ids = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(completion_ids, np.int64)])
-    return TokenSequence(ids, np.arange(len(ids)) >= len(prompt_ids), **known)
+    return TokenSequence(ids, np.arange(len(ids)) >= len(prompt_ids))
 
 
 def split_into_microbatches(sizes: Seq[int], budget: int) -> list[list[int]]:

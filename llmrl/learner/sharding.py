@@ -38,7 +38,11 @@ def build_accelerator(mixed_precision: str = "no") -> Accelerator:
     if world_size > 1:
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=COLLECTIVE_TIMEOUT))
     accelerator = Accelerator(cpu=on_cpu and not deepspeed, mixed_precision=mixed_precision, kwargs_handlers=handlers)
-    expected = {DistributedType.DEEPSPEED} if deepspeed else {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    expected = (
+        {DistributedType.DEEPSPEED}
+        if deepspeed
+        else {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    )
     if accelerator.num_processes != world_size or accelerator.distributed_type not in expected:
         raise RefusedError(
             f"the launcher started {world_size} process(es) but accelerate reports {accelerator.num_processes} as "
@@ -76,11 +80,15 @@ class Backend(Protocol):
 class PlainBackend:
     """One process, or DDP."""
 
-    def __init__(self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    def __init__(
+        self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> None:
         self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.model, nn.parallel.DistributedDataParallel):
-            raise RefusedError(f"{accelerator.num_processes} processes, but the model was not wrapped for averaging gradients")
+            raise RefusedError(
+                f"{accelerator.num_processes} processes, but the model was not wrapped for averaging gradients"
+            )
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -101,13 +109,17 @@ class PlainBackend:
 
 
 class DeepSpeedBackend:
-    """ZeRO-1/2/3 through accelerate's plugin; the engine is driven directly, for `Accelerator.backward` would step it."""
+    """ZeRO-1/2/3 through accelerate's plugin; the engine is driven directly: `Accelerator.backward` would step it."""
 
-    def __init__(self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    def __init__(
+        self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=max_grad_norm)
         if config.get("zero_optimization", {}).get("stage", 0) == 0:
-            raise RefusedError("DeepSpeed with ZeRO stage 0 is plain DDP: launch with launch/accelerate/cpu_ddp.yaml or ddp8.yaml")
+            raise RefusedError(
+                "DeepSpeed with ZeRO stage 0 is plain DDP: launch with launch/accelerate/cpu_ddp.yaml or ddp8.yaml"
+            )
         self.accelerator = accelerator
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         self.engine: Any = self.model
@@ -127,7 +139,9 @@ class DeepSpeedBackend:
         return float(self.engine.get_global_grad_norm())
 
 
-def build_backend(accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Backend:
+def build_backend(
+    accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> Backend:
     """The backend for what was launched."""
     kind = DeepSpeedBackend if accelerator.distributed_type == DistributedType.DEEPSPEED else PlainBackend
     return kind(accelerator, policy, optimizer, max_grad_norm)

@@ -37,7 +37,9 @@ def register(accelerator: Accelerator, policy: Policy, scheduler: Any) -> None:
         models.clear()
         saved, mine = load_file(Path(folder) / TRAINED), _trainable(policy)
         if saved.keys() != mine.keys():
-            raise RunFailedError(f"{folder} holds other parameters than are being trained, e.g. {sorted(saved.keys() ^ mine.keys())[:3]}")
+            raise RunFailedError(
+                f"{folder} holds other parameters than are trained now, e.g. {sorted(saved.keys() ^ mine.keys())[:3]}"
+            )
         with torch.no_grad():
             for name, parameter in mine.items():
                 parameter.copy_(saved[name])
@@ -73,8 +75,8 @@ def export(accelerator: Accelerator, model: nn.Module, causal_lm: PreTrainedMode
 
 
 def stream_weights(causal_lm: nn.Module, bucket_bytes: int, partitioned: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by name, whole. Under ZeRO-3 (`partitioned`) at most `bucket_bytes` are gathered at a time, and all
-    ranks must walk together; a tied weight comes once."""
+    """Every parameter by name, whole; a tied weight comes once. Under ZeRO-3 (`partitioned`) at most `bucket_bytes` are
+    gathered at a time, and all ranks must walk together."""
     if not partitioned:
         yield from ((name, parameter.detach()) for name, parameter in causal_lm.named_parameters())
         return

@@ -1,1 +1,1 @@
-"""One file per method: pure functions from per-token log-probabilities to a loss. Nothing here knows of models or trainers."""
+"""One file per method: pure functions from per-token log-probabilities to a loss; no models, no trainers."""

@@ -12,7 +12,7 @@ delta = R(chosen) - R(rejected):
     sigmoid_norm  -(1 - eps) log sigma(beta delta') - eps log sigma(-beta delta')
 
 eps is the probability that a label is flipped: 0 in `sigmoid` is the paper's loss, above 0 it is conservative DPO
-(cDPO: Mitchell, "A note on DPO with noisy preferences", 2023, Eq. 3, also in the DPO authors' code); `robust` is Chowdhury
+(cDPO: Mitchell, "A note on DPO with noisy preferences", 2023; also in the DPO authors' code); `robust` is Chowdhury
 et al., "Provably Robust DPO", arXiv 2403.00409, Eq. 12; `hinge` is SLiC's calibration loss on the same margin (Zhao et
 al., arXiv 2305.10425); `ipo_sum` is Azar et al., arXiv 2310.12036, Eq. 17, as printed; `ipo` divides by the lengths
 first, as TRL's loss of that name does. The loss of a batch is the mean over its pairs.
@@ -98,14 +98,14 @@ class DPO:
 def preference_metrics(rewards_S: Tensor) -> dict[str, Tensor]:
     """[S] rewards of (chosen, rejected) sequences -> per-pair rewards, margins and accuracies ([P] each).
 
-    An equal reward counts as wrong, so that a policy that still equals its reference scores 0 and not by chance.
+    An equal reward counts as half: a policy that still equals its reference scores 0.5, as guessing would.
     """
     chosen_P, rejected_P = rewards_S[0::2], rewards_S[1::2]
     return {
         "rewards/chosen": chosen_P,
         "rewards/rejected": rejected_P,
         "rewards/margins": chosen_P - rejected_P,
-        "rewards/accuracies": (chosen_P > rejected_P).float(),
+        "rewards/accuracies": ((chosen_P > rejected_P).float() + (chosen_P >= rejected_P).float()) / 2,
     }
 
 

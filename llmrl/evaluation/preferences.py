@@ -1,0 +1,31 @@
+"""How well a policy tells the preferred from the dispreferred answer on held-out pairs, against its reference."""
+
+import numpy as np
+import torch
+
+from llmrl.evaluation.intervals import wilson_interval
+from llmrl.learner.batches import scored_tokens
+from llmrl.learner.sequences import Floats, Group
+from llmrl.objectives.scored import Objective, Totals
+
+
+def preference_metrics(groups: list[Group], logprobs: list[list[Floats]], objective: Objective) -> dict[str, float]:
+    """Means of the objective's metrics over the pairs, its loss, and a 95% interval of the accuracy.
+
+    `groups` carry the reference's log-probabilities; `logprobs` are the policy's, per group and sequence.
+    """
+    totals = Totals(
+        tokens=sum(s.num_scored for g in groups for s in g), sequences=sum(len(g) for g in groups), groups=len(groups)
+    )
+    flat_N = torch.from_numpy(np.concatenate([part for parts in logprobs for part in parts]))
+    loss, metrics = objective.loss(flat_N, scored_tokens(groups, totals, "cpu"))
+    means = {name: float(values.double().mean()) for name, values in metrics.items()}
+    accuracy = means["rewards/accuracies"]
+    low, high = wilson_interval(accuracy * len(groups), len(groups))
+    return {
+        "loss": float(loss),
+        **means,
+        "accuracy_interval_low": low,
+        "accuracy_interval_high": high,
+        "n": float(len(groups)),
+    }

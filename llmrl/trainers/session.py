@@ -1,0 +1,173 @@
+"""What surrounds the steps of every training loop: resuming, logging, evaluating, saving, stopping when asked.
+
+    session = Session(run, learner, tokenizer, total_steps, data_fingerprint, evaluate)
+    for step in session.steps():
+        session.record(learner.update(groups_of(step), objective))
+    session.finish()
+
+Invariants
+- What a step does depends on its number, the weights and the RNG state only, and a checkpoint holds the last two: so a
+  run that was killed and resumed ends with the weights of one that was not.
+- A checkpoint is taken between steps, after the logging of its step, by all ranks together.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+
+from llmrl.errors import RunInterruptedError
+from llmrl.learner.learner import Learner
+from llmrl.learner.sharding import max_over_ranks
+from llmrl.runs import Run, checkpoints
+
+STATE_FILE = "trainer_state.json"
+Evaluations = dict[str, dict[str, float]]
+"""Metrics by the name of the evaluation."""
+
+
+class Session:
+    """One run's steps. `evaluate()` is called before training, every `eval_steps` and at the end.
+
+    `callbacks` are transformers' TrainerCallbacks: they get the run's configuration as `args`, and may ask through
+    `control` for an evaluation, a checkpoint, or the end.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        learner: Learner,
+        tokenizer: PreTrainedTokenizerBase,
+        total_steps: int,
+        data_fingerprint: str,
+        evaluate: Callable[[], Evaluations],
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.run, self.learner, self.tokenizer = run, learner, tokenizer
+        self.total_steps, self.data_fingerprint, self.evaluate = total_steps, data_fingerprint, evaluate
+        self.state = TrainerState(max_steps=total_steps, is_world_process_zero=run.is_main)
+        self.control = TrainerControl()
+        self.callbacks = list(callbacks)
+        self._evaluated_at, self._saved_at = -1, -1
+
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps still to do, from 0; between two of them everything else happens."""
+        run = self.run
+        run.verify_dataset(self.data_fingerprint)
+        if run.checkpoint is not None:
+            self.learner.load(run.checkpoint)
+            self.state = TrainerState.load_from_json(str(run.checkpoint / STATE_FILE))
+            self.state.is_world_process_zero = run.is_main
+            self._saved_at = self._evaluated_at = run.start_step
+        else:
+            self._evaluate(0)
+        self._tell("on_train_begin")
+        with run.progress(self.total_steps) as self._progress:
+            for step in range(run.start_step, self.total_steps):
+                self.control = TrainerControl()
+                self._tell("on_step_begin")
+                yield step
+                self._after(step + 1)
+                if self.control.should_training_stop:
+                    run.note(f"a callback ended training after step {step + 1}.")
+                    break
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Take the metrics of the step just done; they are logged every `logging_steps` and at the last step."""
+        self.state.global_step += 1
+        self.state.num_input_tokens_seen += int(metrics["num_tokens"])
+        step, cadence = self.state.global_step, self.run.config.logging_steps
+        self._progress.step(step, metrics["loss"], self.state.num_input_tokens_seen)
+        if step % cadence == 0 or step == self.total_steps:
+            line = {**metrics, "num_tokens": self.state.num_input_tokens_seen}
+            self.run.log(step, line)
+            self._tell("on_log", logs=line)
+
+    def finish(self) -> None:
+        """The last evaluation, the last checkpoint, and the model in `final/`."""
+        if self._evaluated_at != self.state.global_step:
+            self._evaluate(self.state.global_step)
+        self._tell("on_train_end")
+        self._save(self.state.global_step)
+        self._export(self.run.directory / "final")
+        if self.run.config.push_to_hub and self.run.is_main:
+            _push(self.run)
+
+    def _after(self, step: int) -> None:
+        config = self.run.config
+        self._tell("on_step_end")
+        if self.control.should_evaluate or (
+            config.eval_steps and step % config.eval_steps == 0 and step < self.total_steps
+        ):
+            self._evaluate(step)
+        stop = max_over_ranks(self.learner.accelerator, int(self.run.interrupted)) > 0
+        if stop or self.control.should_save or (config.save_steps and step % config.save_steps == 0):
+            self._save(step)
+        if stop and step < self.total_steps:
+            raise RunInterruptedError(f"a signal asked for it after step {step} of {self.total_steps}")
+
+    def _evaluate(self, step: int) -> None:
+        results = self.evaluate()
+        for name, metrics in results.items():
+            self.run.evaluation(step, name, metrics)
+        self._evaluated_at = step
+        self._tell(
+            "on_evaluate", metrics={f"eval_{key}": v for metrics in results.values() for key, v in metrics.items()}
+        )
+
+    def _save(self, step: int) -> None:
+        if self._saved_at == step:
+            return
+        root, accelerator = self.run.directory, self.learner.accelerator
+        if self.run.is_main:
+            checkpoints.begin(root, step)
+        accelerator.wait_for_everyone()
+        folder = checkpoints.pending(root, step)
+        with checkpoints.guarded(root, step):
+            self.learner.save(folder)
+            if self.run.is_main:
+                self.state.save_to_json(str(folder / STATE_FILE))
+        accelerator.wait_for_everyone()
+        if self.run.is_main:
+            checkpoints.commit(root, step, self.run.manifest(self.data_fingerprint), self.run.config.save_total_limit)
+        accelerator.wait_for_everyone()
+        self._saved_at = step
+        self._tell("on_save")
+
+    def _export(self, folder: Path) -> None:
+        """Written beside and renamed, so that `final/` is whole or not there."""
+        pending = folder.with_name(".tmp_final")
+        if self.run.is_main:
+            shutil.rmtree(pending, ignore_errors=True)
+        self.learner.accelerator.wait_for_everyone()
+        self.learner.export(pending)
+        if self.run.is_main:
+            self.tokenizer.save_pretrained(pending)
+            shutil.rmtree(folder, ignore_errors=True)
+            pending.rename(folder)
+
+    def _tell(self, event: str, **extra: object) -> None:
+        for callback in self.callbacks:
+            answer = getattr(callback, event)(
+                self.run.config,
+                self.state,
+                self.control,
+                model=self.learner.causal_lm,
+                processing_class=self.tokenizer,
+                optimizer=self.learner.optimizer,
+                lr_scheduler=self.learner.scheduler,
+                **extra,
+            )
+            self.control = self.control if answer is None else answer
+
+
+def _push(run: Run) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repository = api.create_repo(run.config.hub_model_id or run.directory.name, exist_ok=True).repo_id
+    api.upload_folder(
+        folder_path=run.directory / "final", repo_id=repository, commit_message="Upload the trained model"
+    )
+    run.note(f"pushed to the hub as {repository}")
