@@ -4,6 +4,7 @@ Invariants: nothing heavy is imported before a subcommand needs it; a refusal is
 """
 
 import importlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -105,7 +106,7 @@ def run(argv: Sequence[str]) -> int:
 def usage() -> str:
     """The commands, each with the first sentence of its text."""
     width = max(len(name) for name in COMMANDS)
-    lines = [f"  {name:<{width}}  {_text(command).splitlines()[2].strip()}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {_purpose(command)}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["Usage: llmrl COMMAND ...", "", *lines, "", "llmrl COMMAND --help says more.", "",
          "Training: accelerate launch recipes/METHOD/run.py --config recipes/METHOD/PRESET.yaml [--key value ...]"]
@@ -115,6 +116,11 @@ def usage() -> str:
 def _text(command: Callable[[Sequence[str]], None]) -> str:
     lines = [line.removeprefix("    ") for line in (command.__doc__ or "").strip().splitlines()]
     return "\n".join(lines).rstrip()
+
+
+def _purpose(command: Callable[[Sequence[str]], None]) -> str:
+    """The first clause of what a command's text says it does."""
+    return re.split(r"[.:,] ", " ".join(_text(command).splitlines()[2:]), maxsplit=1)[0]
 
 
 def _config_file(word: str) -> Path:
@@ -150,7 +156,11 @@ def _trainer(method: str) -> ModuleType:
 def _config_type(module: ModuleType, method: str) -> type[BaseModel]:
     """The configuration in a trainer's module whose `method` key stands for this method."""
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, BaseModel) and "method" in value.model_fields:
-            if value.model_fields["method"].default == method:
-                return value
+        fields = value.model_fields if isinstance(value, type) and issubclass(value, BaseModel) else {}
+        if "method" in fields and fields["method"].default == method:
+            return value
     raise LlmrlError(f"{module.__name__} has no configuration for the method {method}")
+
+
+if __name__ == "__main__":
+    main()

@@ -103,7 +103,7 @@ def shape(value: Any, annotation: Any, origin: str) -> Any:
     """A text or tree as the schema wants it: `a,b` as a list, `{...}` as a section, free-form values typed as YAML."""
     kinds = arms(annotation)
     if Any in kinds:
-        return _free(value)
+        return _free(value, origin)
     if isinstance(value, str) and not isinstance(value, Quoted):
         wants_list = takes_list(annotation)
         wants_tree = any(get_origin(kind) is dict or kind is dict for kind in kinds) or section(annotation)
@@ -120,14 +120,30 @@ def shape(value: Any, annotation: Any, origin: str) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-def _free(value: Any) -> Any:
+def _free(value: Any, origin: str) -> Any:
     if isinstance(value, dict):
-        return {str(key): _free(item) for key, item in value.items()}
+        return {str(key): _free(item, origin) for key, item in value.items()}
     if isinstance(value, list):
-        return [_free(item) for item in value]
-    if isinstance(value, Quoted) or not isinstance(value, str):
-        return str(value) if isinstance(value, str) else value
-    return yaml.load(value, Loader=CoreLoader)
+        return [_free(item, origin) for item in value]
+    if value is None or isinstance(value, Quoted):
+        return None if value is None else str(value)
+    return _free(read_flow(value, origin), origin) if value[:1] in ("[", "{") else scalar(value)
+
+
+def scalar(text: str) -> Any:
+    """Plain text as YAML 1.2 reads it: true, 3, 1e-4 and null are what they look like, all else is text."""
+    tag = CoreLoader("").resolve(yaml.ScalarNode, text, (True, False)).rsplit(":", 1)[-1]
+    match tag:
+        case "bool":
+            return text.lower() == "true"
+        case "int" if len(text) < 1000:
+            return int(text)
+        case "float":
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        case "null":
+            return None
+        case _:
+            return text
 
 
 class CoreLoader(yaml.SafeLoader):

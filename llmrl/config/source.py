@@ -42,7 +42,10 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 def read_flow(text: str, origin: str) -> Any:
     """A list or mapping in YAML's flow style (`[a, b]`, `{a: 1}`), with text leaves. `origin` is named in errors."""
     node = _compose(text, origin)
-    return _value(node, (), origin, {}) if node is not None else None
+    try:
+        return _value(node, (), origin, {}) if node is not None else None
+    except RecursionError:
+        raise RefusedError(f"{origin}: an alias refers to itself; write the values out") from None
 
 
 def _text(file: Path) -> str:

@@ -1,8 +1,7 @@
-"""The run directory: who may write into it, and the one object through which a training loop speaks to the outside.
+"""The run directory, and the one object through which a training loop speaks to the outside.
 
-Invariants: a directory belongs to one run; going on is asked for, never assumed; nothing of an earlier run is changed
-before training really goes on; only rank 0 writes and speaks. A directory "holds a run" when it has any of `OURS`;
-other files in it (a scheduler's log, notes) are left alone and do not matter.
+Invariants: a directory belongs to one run (`claims`); nothing of an earlier run is changed before training really goes
+on; what a refused command made is removed again, and nothing else; only rank 0 writes and speaks.
 """
 
 import contextlib
@@ -15,13 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import yaml
-
 from llmrl.config.keys import RunKeys
-from llmrl.config.resolved import differing_keys, fingerprint, result_keys, to_yaml
-from llmrl.config.schema import CoreLoader
+from llmrl.config.resolved import fingerprint, result_keys, to_yaml
 from llmrl.errors import RefusedError, RunInterruptedError
 from llmrl.runs import checkpoints, ranks, trackers
+from llmrl.runs.claims import OURS, checkpoint_to_resume, refuse_occupied, verify_checkpoint
 from llmrl.runs.console import Console
 from llmrl.runs.environment import describe_environment
 from llmrl.runs.files import write_json, write_text
@@ -29,10 +26,6 @@ from llmrl.runs.metrics import Metrics
 from llmrl.runs.progress import Progress
 from llmrl.runs.summary import Status, before_and_after
 
-OURS = (
-    "config.yaml", "environment.json", "metrics.jsonl", "evals.json", "summary.json", "checkpoints", "final",
-    "rollouts", "report.html", "samples.json",
-)  # fmt: skip
 BESIDE = ("notes.log", "error.log", "tensorboard", "aim")
 
 
@@ -85,11 +78,12 @@ class Run:
         or belongs to another run, and when a tracker's package is missing. `argv` goes into environment.json.
         """
         directory = Path(config.output_dir)
-        checkpoint = _checkpoint_to_resume(config, directory)
+        checkpoint = checkpoint_to_resume(config, directory)
         if ranks.is_main():
-            _refuse_occupied(config, directory, checkpoint)
+            refuse_occupied(config, directory, checkpoint)
         run = cls(config, checkpoint)
-        run._verify_checkpoint()
+        if checkpoint is not None:
+            verify_checkpoint(config, checkpoint, run._manifest)
         if run.is_main:
             run._take_directory(argv)
         return run
@@ -219,23 +213,6 @@ class Run:
         else:
             self.close("failed", f"{type(error).__name__}: {error}")
 
-    def _verify_checkpoint(self) -> None:
-        if self.checkpoint is None:
-            return
-        differences = differing_keys(self.config, self._manifest.get("config", {}))
-        if differences:
-            raise RefusedError(
-                f"{self.checkpoint} is another run's checkpoint; it was made with other values of\n"
-                + "".join(f"  - {line}\n" for line in differences)
-                + "Give the same values to go on with it, or start a new run in another output_dir"
-            )
-        before = self._manifest.get("world_size", 1)
-        if before != ranks.world_size():
-            raise RefusedError(
-                f"{self.checkpoint} was written by {before} processes and {ranks.world_size()} run now: the "
-                f"optimizer's shards and random states do not fit. Launch {before} processes, or begin anew elsewhere"
-            )
-
     def _take_directory(self, argv: Sequence[str] | None) -> None:
         self._argv = argv
         mine = [self.directory / name for name in (*OURS, *BESIDE)]
@@ -295,52 +272,3 @@ class Run:
             self.note(f"report.html could not be written: {type(error).__name__}: {error}")
         else:
             self.console.say(f"report: {page}")
-
-
-def _checkpoint_to_resume(config: RunKeys, directory: Path) -> Path | None:
-    wanted = config.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        return checkpoints.latest(directory)
-    checkpoints.read_manifest(Path(wanted))
-    return Path(wanted)
-
-
-def _refuse_occupied(config: RunKeys, directory: Path, checkpoint: Path | None) -> None:
-    """The directory must be free, or hold this very run where it shall go on."""
-    if directory.exists() and not directory.is_dir():
-        raise RefusedError(f"output_dir {directory} is a file; name a directory")
-    held = [name for name in OURS if (directory / name).exists()]
-    if not held:
-        return
-    if config.resume_from_checkpoint is None:
-        raise RefusedError(
-            f"output_dir {directory} already holds a run ({', '.join(held[:4])}). Go on with it by "
-            "--resume_from_checkpoint latest, or name another output_dir"
-        )
-    if checkpoint is not None and checkpoint.resolve().parent != (directory / "checkpoints").resolve():
-        raise RefusedError(
-            f"output_dir {directory} already holds a run, and {checkpoint} is not one of its checkpoints. "
-            "Name another output_dir, or a checkpoint of this run"
-        )
-    if checkpoint is None:
-        _refuse_other_config(config, directory)
-
-
-def _refuse_other_config(config: RunKeys, directory: Path) -> None:
-    """Starting afresh replaces the metrics that are there, so they must be those of an earlier attempt at this run."""
-    try:
-        stored = yaml.load((directory / "config.yaml").read_text(encoding="utf-8"), Loader=CoreLoader)
-    except (OSError, ValueError, yaml.YAMLError):
-        return
-    wanted = result_keys(config)
-    differences = (
-        differing_keys(config, {k: v for k, v in stored.items() if k in wanted}) if isinstance(stored, dict) else []
-    )
-    if differences:
-        raise RefusedError(
-            f"output_dir {directory} holds no checkpoint to resume, but another run, made with other values of\n"
-            + "".join(f"  - {line}\n" for line in differences)
-            + "Name another output_dir"
-        )

@@ -4,6 +4,7 @@ Rates are over the last minute or so of this process; time spent in evaluation a
 person who waits.
 """
 
+import math
 import time
 from collections import deque
 from types import TracebackType
@@ -25,7 +26,7 @@ class Progress:
         self._console = console
         self._loss: float | None = None
         self._readings: deque[tuple[float, int, int | None]] = deque([(time.monotonic(), start, tokens)], maxlen=WINDOW)
-        self._last_line = 0.0
+        self._last_line = (-math.inf, -1)
         self._bar: Any = None
         self._task: Any = None
 
@@ -49,8 +50,10 @@ class Progress:
         self._readings.append((time.monotonic(), step, num_tokens))
         if self._bar is not None:
             self._bar.update(self._task, completed=step, facts=self._facts())
-        elif time.monotonic() - self._last_line >= LINE_SECONDS or step >= self.total_steps:
-            self._last_line = time.monotonic()
+        elif step != self._last_line[1] and (
+            step >= self.total_steps or time.monotonic() - self._last_line[0] > LINE_SECONDS
+        ):
+            self._last_line = (time.monotonic(), step)
             self._console.say(f"step {step}/{self.total_steps}  {self._facts()}")
 
     @property
