@@ -19,8 +19,8 @@ from llmrl.learner.sequences import Group, completion
 
 Form = Literal["tree", "padded"]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Largest difference in log-probability between two right forwards of the probe, by precision of computation; a wrong
-mask is off by whole units on a trained model. float32 on GPUs may multiply in TF32 and gets the tolerance of float16."""
+"""Largest difference in log-probability between two right forwards of the probe, by precision computed in. A wrong
+mask is off by whole units on a trained model. float32 on a GPU may multiply in TF32 and gets float16's tolerance."""
 
 
 def choose(policy: Policy, asked: str, say: Callable[[str], None]) -> Form:
