@@ -1,1 +1,1 @@
-"""Rows into token ids: reading, checking, rendering, tokenising and ordering data. Nothing here knows of models or losses."""
+"""Rows into token ids: reading, checking, rendering, tokenising, ordering. Nothing here knows of models or losses."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from llmrl.errors import RefusedError
 
@@ -58,7 +58,7 @@ def read_csv(path: Path) -> pa.Table:
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
     opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline=newline)  # type: ignore[return-value]
+    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
 def _not_utf8(path: Path, line: int | None, error: UnicodeDecodeError) -> RefusedError:

@@ -4,13 +4,13 @@
 |---|---|
 | plain | `prompt`, `chosen`, `rejected`: text |
 | conversational | the same three as lists of messages (`role`/`content` or `from`/`value`), or a single message each |
-| implicit prompt | `chosen` and `rejected` only, as whole dialogues (messages or text) that begin alike |
+| implicit prompt | `chosen` and `rejected` only: whole dialogues (messages or text) that begin alike |
 | conversations | `conversations` (messages) as the prompt, `chosen` and `rejected` one message each |
 
 Optional: `tools` (a list, or JSON text) and `chat_template_kwargs` (an object, or JSON text).
 
-Invariants of a `Pair`: both completions are of the same form as the prompt, are not empty and differ; in a dialogue each is
-one assistant message, so that every token of it is the policy's own.
+Invariants of a `Pair`: both completions are of the same form as the prompt, are not empty and differ; in a dialogue
+each is one assistant message, so that every token of it is the policy's own.
 """
 
 import difflib
@@ -150,7 +150,14 @@ def _implicit(chosen: Text, rejected: Text) -> Pair:
             else "there is no column `prompt`, and `chosen` and `rejected` do not begin alike; "
             "add a column `prompt`, or begin both with the same prompt",
         )
-    return Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+    pair = Pair(prompt, chosen[len(prompt) :], rejected[len(prompt) :])
+    for column, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if isinstance(completion, str) and HUMAN_MARK in completion:
+            raise RowFault(
+                column,
+                "the two dialogues part before their last Human turn, whose words would be trained; remove the row",
+            )
+    return pair
 
 
 def _check_completion(completion: Text, column: str) -> None:
@@ -158,8 +165,6 @@ def _check_completion(completion: Text, column: str) -> None:
     if isinstance(completion, str):
         if not completion.strip():
             raise RowFault(column, empty)
-        if HUMAN_MARK in completion:
-            raise RowFault(column, "the answers part before the last Human turn, whose words would be trained; remove the row")
         return
     if len(completion) != 1 or completion[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in completion) or "none"

@@ -1,10 +1,9 @@
 """The shapes in which people write a dialogue, brought to one: a list of `{"role", "content", ...}`.
 
-Invariant: a message that comes out of here has a known role, and text content or tool calls; keys that Arrow filled with
-None because another row has them are gone.
+Invariant: a message that comes out of here has a known role, and text content or tool calls; keys that Arrow filled
+with None because another row has them are gone.
 """
 
-import os
 from typing import Any
 
 Message = dict[str, Any]
@@ -78,8 +77,14 @@ def implicit_prompt(chosen: Any, rejected: Any) -> Any:
     return chosen[:shared]
 
 
+def shared_length(left: str, right: str) -> int:
+    """How many characters two texts have in common at their start."""
+    length = min(len(left), len(right))
+    return next((i for i in range(length) if left[i] != right[i]), length)
+
+
 def _shared_text(chosen: str, rejected: str) -> str:
-    shared = os.path.commonprefix([chosen, rejected])
+    shared = chosen[: shared_length(chosen, rejected)]
     turn = shared.rfind(ASSISTANT_MARK)
     if turn >= 0:
         return shared[: turn + len(ASSISTANT_MARK)]
@@ -99,7 +104,9 @@ def _message(item: dict[str, Any], number: int) -> Message:
         raise ValueError(f"message {number} has no `role` (its keys: {', '.join(message) or 'none'})")
     message["role"] = ROLE_NAMES.get(role, role)
     if message["role"] not in ROLES:
-        raise ValueError(f"message {number} has the unknown role `{role}`; known are {', '.join((*ROLES, *ROLE_NAMES))}")
+        raise ValueError(
+            f"message {number} has the unknown role `{role}`; known are {', '.join((*ROLES, *ROLE_NAMES))}"
+        )
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise ValueError(f"message {number} has no `content` (its keys: {', '.join(message)})")

@@ -7,10 +7,11 @@ the file (or hub id) and the remedy. Local files are read whole by every rank on
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError
@@ -36,7 +37,7 @@ class Source:
     """The splits that a name offers; a split's rows are read when asked for. `names` are for messages."""
 
     names: dict[str, str]
-    _readers: dict[str, Callable[[], Dataset]] = field(repr=False)
+    _readers: Mapping[str, Callable[[], Dataset]] = field(repr=False)
 
     def rows(self, split: str, wanted_by: str = "split") -> Dataset:
         """The rows of one split. Raises `RefusedError` if there is no such split or it is empty."""
@@ -61,22 +62,26 @@ def load_rows(dataset_name: str | Dataset | DatasetDict, split: str = "train", c
 def find_source(dataset: str | Dataset | DatasetDict, config: str | None = None) -> Source:
     """The splits of whatever the user named; raises `RefusedError` if there is nothing under the name."""
     if isinstance(dataset, Dataset):
-        return Source({"train": "the dataset"}, {"train": lambda: dataset})
+        return Source({"train": "the dataset"}, {"train": partial(_itself, dataset)})
     if isinstance(dataset, Mapping):
         return _of_object(dataset, "the dataset")
     path = Path(dataset).expanduser()
     if path.is_dir():
         return _of_folder(path)
     if path.exists():
-        return Source({"train": str(path)}, {"train": lambda: _read(path)})
+        return Source({"train": str(path)}, {"train": partial(_read, path)})
     if _suffix(path) or not HUB_ID.fullmatch(dataset):
         raise RefusedError(f"{dataset}: no such file or folder (looked from {Path.cwd()}); check dataset_name")
     return _of_hub(dataset, config)
 
 
 def _of_object(dataset: Mapping[str, Dataset], name: str) -> Source:
-    readers = {split: (lambda rows=rows: rows) for split, rows in dataset.items()}
+    readers = {split: partial(_itself, rows) for split, rows in dataset.items()}
     return Source({split: f"{name}, split {split}" for split in dataset}, readers)
+
+
+def _itself(rows: Dataset) -> Dataset:
+    return rows
 
 
 def _suffix(path: Path) -> str | None:
@@ -114,12 +119,14 @@ def _of_folder(folder: Path) -> Source:
             "rename the files or give dataset_name one file"
         )
     names = {split: str(found[0] if len(found) == 1 else found[0].parent) for split, found in files.items()}
-    return Source(names, {split: (lambda found=found: _read_all(found)) for split, found in files.items()})
+    return Source(names, {split: partial(_read_all, found) for split, found in files.items()})
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
     places = [f for place in (folder, folder / "data") if place.is_dir() for f in sorted(place.iterdir())]
-    return [f for f in places if _suffix(f) and re.fullmatch(rf"{split}([-_.]\d[^.]*)?", f.name[: -len(_suffix(f) or "")])]
+    return [
+        f for f in places if _suffix(f) and re.fullmatch(rf"{split}([-_.]\d[^.]*)?", f.name[: -len(_suffix(f) or "")])
+    ]
 
 
 def _read_all(files: list[Path]) -> Dataset:
@@ -128,7 +135,9 @@ def _read_all(files: list[Path]) -> Dataset:
     try:
         return Dataset(pa.concat_tables([_read(f).data.table for f in files], promote_options="permissive"))
     except pa.ArrowException as error:
-        raise RefusedError(f"{files[0].parent}: the files of one split do not have the same columns ({error})") from None
+        raise RefusedError(
+            f"{files[0].parent}: the files of one split do not have the same columns ({error})"
+        ) from None
 
 
 def _of_hub(name: str, config: str | None) -> Source:

@@ -6,7 +6,7 @@ never on both sides; the choice depends on the rows' content alone, not on their
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,6 +49,11 @@ class Rows:
     def select(self, indices: Sequence[int]) -> "Rows":
         """The rows at these indices, in this order, with their numbers."""
         return Rows(self.table.select(indices), self.where, [self.numbers[i] for i in indices])
+
+    def columns(self, wanted: Sequence[str]) -> "Rows":
+        """The same rows with those of the wanted columns that they have."""
+        names = [name for name in wanted if name in self.table.column_names]
+        return Rows(self.table.select_columns(names), self.where, self.numbers)
 
 
 def whole(table: Dataset, where: str) -> Rows:
@@ -98,10 +103,16 @@ def hold_out(rows: Rows, wanted: int, say: Callable[[str], None]) -> tuple[Rows,
 def _prompt_keys(table: Dataset) -> list[bytes]:
     columns = next((names for names in PROMPT_COLUMNS if set(names) <= set(table.column_names)), None)
     view = table.select_columns(list(columns)) if columns else table
-    return [_digest(_prompt(row)) for batch in view.iter(1000) for row in _rows_of(batch)]
+    return [_digest(_prompt(row)) for batch in view.iter(1000) for row in rows_of(batch)]
 
 
-def _rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def enumerated(table: Dataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each row with its index, from 0."""
+    return enumerate(row for batch in table.iter(1000) for row in rows_of(batch))
+
+
+def rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """A batch of columns as one object a row."""
     return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
 
@@ -118,7 +129,7 @@ def _digest(value: Any) -> bytes:
 
 
 def _smallest_groups(keys: list[bytes], limit: int) -> list[int]:
-    """Indices of whole groups of equal keys, smallest keys first, `limit` indices at most; a larger group is passed by."""
+    """Indices of whole groups of equal keys, smallest keys first, at most `limit`; a group too large is passed by."""
     groups: dict[bytes, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)

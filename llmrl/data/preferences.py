@@ -1,0 +1,239 @@
+"""Preference pairs as token ids, ready to be packed.
+
+Invariants: the two completions of a row follow the same prompt ids, are not empty and differ; no row is longer than
+`max_length`; whatever was dropped, cut or made in an unusual way is counted and said; the same data, tokenizer and keys
+give the same rows and the same fingerprint on every rank and machine.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from llmrl.data.formats import Pair, RowFault, check_columns, read_pair
+from llmrl.data.lengths import Fitting, OverlongError, TruncationMode, fit
+from llmrl.data.mapping import Fingerprint, mapped
+from llmrl.data.splits import Rows, SplitKeys, enumerated, train_and_heldout
+from llmrl.data.tokenization import Encoded, Encoder, check_chat_template
+from llmrl.errors import RefusedError
+
+Say = Callable[[str], None]
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+READ_COLUMNS = ("prompt", "conversations", "chosen", "rejected", "tools", "chat_template_kwargs")
+COUNTED = {
+    "dropped_faulty": "rows dropped as faulty",
+    "dropped_overlong_prompts": "rows dropped because max_length leaves no room for prompt and completion",
+    "dropped_overlong_completions": "rows dropped because a completion does not fit into max_length",
+    "truncated_completions": "completions cut to fit into max_length; they lose their stop token",
+    "truncated_prompts": "prompts cut at their start to fit into max_length",
+    "retokenised_boundaries": "completions tokenised apart from their prompt, for a token would span the boundary",
+    "rerendered_prompts": "completions put behind the prompt that generation sees, which the chat template writes "
+    "differently when an answer follows",
+    "without_stop_token": "completions in which the chat template writes no stop token",
+}
+
+
+class PreferenceKeys(SplitKeys, Protocol):
+    """The keys read here; `llmrl.config`'s DataKeys has them."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def truncation_mode(self) -> TruncationMode: ...
+    @property
+    def overlong_prompts(self) -> Literal["error", "drop"]: ...
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Pairs to train on and pairs held out.
+
+    train, heldout: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (int32 lists) and `row` (in the source, from 1).
+    counts: `rows` read, `train_rows` and `heldout_rows` kept, and all that was dropped or changed, by COUNTED's names.
+    fingerprint: of the token ids of both parts, in order; no path, name or version goes into it.
+    """
+
+    train: Dataset
+    heldout: Dataset | None
+    counts: dict[str, int]
+    fingerprint: str
+
+
+def prepare_preferences(
+    config: PreferenceKeys,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    *,
+    dataset: Dataset | DatasetDict | None = None,
+    stop_token_ids: Collection[int] = (),
+    faulty_rows: Literal["error", "drop"] = "error",
+) -> PreferenceData:
+    """Read, check, render and tokenise preference pairs (formats: `llmrl.data.formats`).
+
+    dataset: used instead of `config.dataset_name`. stop_token_ids: where generation stops besides the tokenizer's EOS.
+    faulty_rows: what happens to rows that are no pair (one with an empty completion, say); `drop` counts them.
+    Raises RefusedError naming source, row, column and remedy.
+    """
+    train, heldout = train_and_heldout(config, say, dataset)
+    encoder = Encoder(tokenizer, stop_token_ids)
+    counts = Counter(dict.fromkeys(("rows", "train_rows", "heldout_rows", *COUNTED), 0))
+    fingerprint = Fingerprint()
+    prepared: list[Dataset] = []
+    for rows, name in ((train, "train_rows"), (heldout, "heldout_rows")):
+        if rows is None:
+            continue
+        preparation = _Preparation(config, encoder, rows.where, faulty_rows, counts)
+        part = mapped(preparation.sound(rows), preparation.batch, ID_COLUMNS, fingerprint=fingerprint)
+        counts.update({"rows": len(rows), name: len(part)})
+        if rows is train:
+            _check_training(part, preparation.ended, encoder, rows, counts)
+        prepared.append(part)
+    _report(counts, say)
+    held = prepared[1] if len(prepared) > 1 and len(prepared[1]) else None
+    return PreferenceData(prepared[0], held, dict(counts), fingerprint.hexdigest())
+
+
+class _Preparation:
+    """The rows of one source on their way to token ids. `ended`: kept completions that hold their stop token."""
+
+    def __init__(
+        self, keys: PreferenceKeys, encoder: Encoder, where: str, faulty_rows: str, counts: Counter[str]
+    ) -> None:
+        self.keys, self.encoder, self.where, self.counts = keys, encoder, where, counts
+        self.drops_faulty = faulty_rows == "drop"
+        self.ended = 0
+
+    def sound(self, rows: Rows) -> Rows:
+        """The rows that are pairs, read before any is tokenised; the others are refused together, or dropped."""
+        check_columns(rows.table.column_names, self.where)
+        rows = rows.columns(READ_COLUMNS)
+        faults: dict[int, RowFault] = {}
+        for index, row in enumerated(rows.table):
+            try:
+                if read_pair(row).conversational:
+                    check_chat_template(self.encoder.tokenizer, self.where)
+            except RowFault as fault:
+                faults[index] = fault
+        if faults and not self.drops_faulty:
+            raise self._refusal({rows.numbers[index]: fault for index, fault in faults.items()})
+        self.counts["dropped_faulty"] += len(faults)
+        return rows.select([i for i in range(len(rows)) if i not in faults]) if faults else rows
+
+    def batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
+        """Token ids of the rows that are kept."""
+        encoded = _encoded([read_pair(row) for row in rows], self.encoder)
+        kept = [self._kept(row, number) for row, number in zip(encoded, numbers, strict=True)]
+        return [row for row in kept if row is not None]
+
+    def _kept(self, encoded: list[Encoded] | RowFault, number: int) -> dict[str, Any] | None:
+        """The row as it is trained on, or None if it is dropped."""
+        try:
+            if isinstance(encoded, RowFault):
+                raise encoded
+            fitting = self._fitted(encoded)
+        except RowFault as fault:
+            if not self.drops_faulty:
+                raise self._refusal({number: fault}) from None
+            self.counts["dropped_faulty"] += 1
+            return None
+        except OverlongError as overlong:
+            self._drop_overlong(overlong, number)
+            return None
+        self._count(encoded, fitting)
+        return dict(zip(ID_COLUMNS, (fitting.prompt_ids, *fitting.completions), strict=True)) | {"row": number}
+
+    def _fitted(self, encoded: list[Encoded]) -> Fitting:
+        prompt_ids = encoded[0].prompt_ids
+        if not prompt_ids:
+            raise RowFault(
+                "prompt",
+                "empty, and the tokenizer puts no token before an answer, so that its first token has nothing "
+                "to be predicted from; give a prompt",
+            )
+        for column, part in zip(("chosen", "rejected"), encoded, strict=True):
+            if len(part.completion_ids) <= part.ends:
+                raise RowFault(column, "an empty completion once it is tokenised; mend or remove the row")
+        fitting = fit(prompt_ids, [e.completion_ids for e in encoded], self.keys.max_length, self.keys.truncation_mode)
+        if fitting.completions[0] == fitting.completions[1]:
+            when = "cut to max_length (raise it, or set truncation_mode)" if fitting.cut_completions else "tokenised"
+            raise RowFault(
+                "rejected", f"equal to `chosen` once {when}, so the pair prefers nothing; mend or remove the row"
+            )
+        return fitting
+
+    def _drop_overlong(self, overlong: OverlongError, number: int) -> None:
+        dropped = self.keys.overlong_prompts == "drop" if overlong.no_room else self.keys.truncation_mode == "drop"
+        if not dropped:
+            key = "overlong_prompts" if overlong.no_room else "truncation_mode"
+            raise RefusedError(
+                f"{self.where}, row {number}, column `prompt`: {overlong}; raise max_length, set {key}: drop "
+                "(dropped rows are counted), or shorten the row"
+            )
+        self.counts["dropped_overlong_prompts" if overlong.no_room else "dropped_overlong_completions"] += 1
+
+    def _count(self, encoded: list[Encoded], fitting: Fitting) -> None:
+        self.counts["truncated_prompts"] += fitting.cut_prompts
+        self.counts["truncated_completions"] += fitting.cut_completions
+        for part, ids in zip(encoded, fitting.completions, strict=True):
+            self.counts["retokenised_boundaries"] += part.retokenised
+            self.counts["rerendered_prompts"] += part.rerendered
+            self.counts["without_stop_token"] += not part.ends
+            self.ended += part.ends and len(ids) == len(part.completion_ids)
+
+    def _refusal(self, faults: dict[int, RowFault]) -> RefusedError:
+        (number, fault), *others = faults.items()
+        listed = ", ".join(str(other) for other, _ in others[:10]) + (", ..." if len(others) > 10 else "")
+        more = f" ({len(others)} more rows have faults: {listed})" if others else ""
+        return RefusedError(f"{self.where}, row {number}, {fault}{more}")
+
+
+def _encoded(pairs: list[Pair], encoder: Encoder) -> list[list[Encoded] | RowFault]:
+    """(chosen, rejected) of each pair; plain and conversational ones each in one go."""
+    encoded: list[Any] = [None] * len(pairs)
+    plain = [i for i, pair in enumerate(pairs) if not pair.conversational]
+    spoken = [i for i, pair in enumerate(pairs) if pair.conversational]
+
+    def prompts_and_answers(indices: list[int]) -> tuple[list[Any], list[Any]]:
+        return [pairs[i].prompt for i in indices], [(pairs[i].chosen, pairs[i].rejected) for i in indices]
+
+    extras = [{"tools": pairs[i].tools, **(pairs[i].template_kwargs or {})} for i in spoken]
+    results = [*encoder.plain(*prompts_and_answers(plain)), *encoder.rendered(*prompts_and_answers(spoken), extras)]
+    for index, result in zip((*plain, *spoken), results, strict=True):
+        encoded[index] = result
+    return encoded
+
+
+def _check_training(part: Dataset, ended: int, encoder: Encoder, rows: Rows, counts: Counter[str]) -> None:
+    """Refuse training rows of which none is left, or that would never teach the policy when to stop."""
+    if len(part) == 0:
+        raise RefusedError(f"{rows.where}: empty after checking, all {len(rows)} rows were dropped: {_changes(counts)}")
+    if ended:
+        return
+    if counts["without_stop_token"]:
+        stops = ", ".join(encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.stop_ids))) or "there is none"
+        raise RefusedError(
+            f"{rows.where}: the chat template never ends an answer with a stop token ({stops}), so the model would not "
+            f"learn to stop; an answer ends with {encoder.decode(part[0]['chosen_ids'][-8:])!r}. Set eos_token in "
+            "tokenizer_config.json to the token that ends a turn, or use a template that ends turns with EOS"
+        )
+    raise RefusedError(
+        f"{rows.where}: max_length cuts the end off every completion, so the model would not learn to stop; raise "
+        "max_length, or set truncation_mode: drop"
+    )
+
+
+def _changes(counts: Counter[str]) -> str:
+    return "; ".join(f"{counts[name]} {text}" for name, text in COUNTED.items() if counts[name])
+
+
+def _report(counts: Counter[str], say: Say) -> None:
+    kept = counts["train_rows"] + counts["heldout_rows"]
+    heldout = f" and {counts['heldout_rows']} held out" if counts["heldout_rows"] else ""
+    say(
+        f"data: {kept} of {counts['rows']} pairs kept, {counts['train_rows']} to train on{heldout}: "
+        + (_changes(counts) or "none dropped, none cut")
+    )
