@@ -141,7 +141,8 @@ def _data(
     config: DPOConfig, say: Callable[[str], None], dataset: Any = None
 ) -> "tuple[PreTrainedTokenizerBase, PreferenceData]":
     from llmrl import models
-    from llmrl.data.preferences import check_vocabulary, prepare_preferences
+    from llmrl.data.preferences import prepare_preferences
+    from llmrl.data.tokenization import check_vocabulary
     from llmrl.learner.loading import load_config, load_tokenizer
 
     path = models.resolve(config.model_name_or_path)

@@ -1,0 +1,105 @@
+"""The same gradient however a batch is packed, padded, split into micro-batches, or spread over processes.
+
+Two real processes over gloo, DDP and DeepSpeed ZeRO, through `accelerate launch` with the project's launch files.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from support import distributed
+from support.models import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tests" / "support" / "distributed.py"
+LAUNCHERS: dict[str, list[str] | None] = {
+    "ddp": ["--config_file", str(ROOT / "launch/accelerate/cpu_ddp.yaml")],
+    "zero1": ["--config_file", str(ROOT / "launch/accelerate/cpu_zero3.yaml"), "--zero_stage", "1"],
+    "zero2": ["--config_file", str(ROOT / "launch/accelerate/cpu_zero3.yaml"), "--zero_stage", "2"],
+    "zero3": ["--config_file", str(ROOT / "launch/accelerate/cpu_zero3.yaml")],
+}
+
+
+def run(launcher: list[str] | None, **settings: Any) -> dict[str, Any]:
+    """Run here (None) or in two processes under `accelerate launch`, and read back what rank 0 saved."""
+    if launcher is None:
+        distributed.run(settings)
+    else:
+        start = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(SCRIPT)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1"}
+        arguments = json.dumps(settings, default=str)
+        done = subprocess.run([*start, arguments], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    out = Path(settings["out"])
+    return {**json.loads((out / "facts.json").read_text()), **torch.load(out / "result.pt", weights_only=False)}
+
+
+def largest_difference(mine: dict[str, torch.Tensor], true: dict[str, torch.Tensor]) -> float:
+    """Relative to the largest entry of each gradient."""
+    assert mine.keys() == true.keys()
+    return max(float((mine[n] - true[n]).abs().max() / true[n].abs().max().clamp_min(1e-12)) for n in true)
+
+
+def save_model(folder: Path, **settings: Any) -> Path:
+    make_tiny_model(**settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("use_peft", [False, True], ids=["full", "lora"])
+def test_packing_padding_and_microbatches(tmp_path: Path, use_peft: bool) -> None:
+    model = save_model(tmp_path / "model")
+    whole = run(None, model=model, out=tmp_path / "whole", use_peft=use_peft, tokens_per_microbatch=10_000)
+    for name, settings in {
+        "split": {"tokens_per_microbatch": 60},
+        "one_by_one": {"tokens_per_microbatch": 1},
+        "padded": {"form": "padded", "tokens_per_microbatch": 150},
+    }.items():
+        other = run(None, model=model, out=tmp_path / name, use_peft=use_peft, **settings)
+        assert largest_difference(other["gradients"], whole["gradients"]) < 1e-5, name
+        assert other["metrics"]["loss"] == pytest.approx(whole["metrics"]["loss"], rel=1e-5)
+        assert other["metrics"]["grad_norm"] == pytest.approx(whole["metrics"]["grad_norm"], rel=1e-5)
+        assert other["exact_resume"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [
+        ("ddp", {}),
+        ("ddp", {"use_peft": True, "checkpointing": True}),
+        ("zero1", {}),
+        ("zero2", {}),
+        ("zero3", {}),
+        ("zero3", {"use_peft": True, "checkpointing": True}),
+        ("zero3", {"tied": True, "form": "padded"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "full",
+)
+def test_two_processes_equal_one(tmp_path: Path, launcher: str, settings: dict[str, Any]) -> None:
+    tied = settings.pop("tied", False)
+    model = save_model(tmp_path / "model", tie_word_embeddings=tied)
+    alone = run(None, model=model, out=tmp_path / "alone", **settings)
+    spread = run(LAUNCHERS[launcher], model=model, out=tmp_path / "spread", **settings)
+    assert spread["kind"] == ("DistributedDataParallel" if launcher == "ddp" else "DeepSpeedEngine")
+    assert largest_difference(spread["gradients"], alone["gradients"]) < 1e-5
+    for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "num_tokens"):
+        assert spread["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-5, abs=1e-7), name
+    assert spread["exact_resume"]
+    assert spread["weights"].keys() == alone["weights"].keys()
+    for name, weight in spread["weights"].items():
+        assert weight.shape == alone["weights"][name].shape
+    exported = AutoModelForCausalLM.from_pretrained(model if settings.get("use_peft") else tmp_path / "spread" / "final")
+    if settings.get("use_peft"):
+        from peft import PeftModel
+
+        exported = PeftModel.from_pretrained(exported, tmp_path / "spread" / "final")
+    for name, weight in exported.named_parameters():
+        whole = next(w for n, w in spread["weights"].items() if n == name)
+        assert torch.equal(weight, whole), name

@@ -1,0 +1,91 @@
+"""One update under whatever launched this script; rank 0 saves what came out. Used by tests/learner/test_sharding.py.
+
+Argument: a JSON object with `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmrl.config import ModelKeys
+from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.loading import load_model
+from llmrl.learner.sharding import build_accelerator
+from llmrl.objectives.dpo import DPO
+from support.groups import random_pairs
+
+
+def build(settings: dict[str, Any]) -> Learner:
+    accelerator = build_accelerator()
+    torch.manual_seed(1)
+    keys = ModelKeys(model_name_or_path=str(settings["model"]), use_peft=settings.get("use_peft", False), lora_r=4)
+    model = load_model(str(settings["model"]), keys, torch.float32, print)
+    options = LearnerOptions(
+        learning_rate=1e-2,
+        total_steps=10,
+        tokens_per_microbatch=settings.get("tokens_per_microbatch", 100),
+        form=settings.get("form", "auto"),
+        gradient_checkpointing=settings.get("checkpointing", False),
+        reference="auto" if settings.get("use_peft") else "precomputed",
+    )
+    return Learner(model, options, accelerator)
+
+
+def captured_gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    """Whole gradients by name, as they stand before clipping and the optimizer's step."""
+    gradients = {}
+    for name, parameter in learner.causal_lm.named_parameters():
+        if parameter.requires_grad:
+            if hasattr(learner.backend, "engine"):
+                from deepspeed.utils import safe_get_full_grad
+
+                gradient = safe_get_full_grad(parameter)
+            else:
+                gradient = parameter.grad
+            assert gradient is not None, name
+            gradients[name] = gradient.detach().clone().float()
+    return gradients
+
+
+def run(settings: dict[str, Any]) -> None:
+    out = Path(settings["out"])
+    learner = build(settings)
+    groups = random_pairs(np.random.default_rng(3), 7)
+    if learner.reference_kind == "precomputed":
+        # A reference that is not the policy, so that the pairs weigh differently.
+        groups = [tuple(replace(s, reference_logprobs=np.full(s.num_scored, -4.0, np.float32)) for s in g) for g in groups]
+    apply, gradients = learner.backend.apply, {}
+
+    def spied() -> float:
+        gradients.update(captured_gradients(learner))
+        return apply()
+
+    learner.backend.apply = spied  # type: ignore[method-assign]
+    metrics = learner.update(groups, DPO().objective())
+    learner.backend.apply = apply  # type: ignore[method-assign]
+    folder = out / "state"
+    if learner.accelerator.is_main_process:
+        folder.mkdir(parents=True)
+    learner.accelerator.wait_for_everyone()
+    learner.save(folder)
+    learner.update(groups, DPO().objective())
+    straight = {name: tensor.clone() for name, tensor in learner.weights(bucket_bytes=4096)}
+    learner.load(folder)
+    learner.update(groups, DPO().objective())
+    resumed = dict(learner.weights(bucket_bytes=4096))
+    exact = all(torch.equal(straight[name], resumed[name]) for name in straight)
+    scored = learner.logprobs(groups)
+    learner.export(out / "final")
+    if learner.accelerator.is_main_process:
+        torch.save({"gradients": gradients, "weights": resumed, "logprobs": scored}, out / "result.pt")
+        facts = {"metrics": metrics, "form": learner.form, "exact_resume": exact, "kind": type(learner.backend.model).__name__}
+        (out / "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    run(json.loads(sys.argv[1]))
