@@ -1,0 +1,1 @@
+"""How good a model is: accuracy on tasks, preference accuracy, and how sure one can be of either."""

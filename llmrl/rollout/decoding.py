@@ -1,0 +1,120 @@
+"""What makes token-by-token decoding with transformers fast, each exact and on its own.
+
+- `decode_attention`: one query token per row against grouped keys. The stock sdpa path copies every key and value
+  once per query head at each token; here the heads that share keys are the rows of one product. (SmolLM2-135M, CPU:
+  1.4 times the tokens per second at 90 tokens of context, 2.2 times at 430.)
+- `merged_adapter`: LoRA folded into its base while decoding, and the base restored bit for bit.
+- `row_uniforms` and `draw`: sampling by inverse CDF from random numbers that belong to the row, not to the batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+DECODE_ATTENTION = "llmrl_decode"
+# Implementations that `decode_attention` equals when there is one query token and nothing special about the layer.
+REPLACED = ("sdpa", "llmrl_tree")
+
+
+def decode_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' signature: query [B, heads, Q, D], key and value [B, kv_heads, L, D] -> [B, Q, heads, D]."""
+    batch, heads, queries, width = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    special = kwargs.get("position_bias") is not None or heads == kv_heads
+    if queries > 1 or special:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
+    mask = None if attention_mask is None else attention_mask.expand(batch, 1, 1, length)
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, 1, heads, -1), None
+
+
+AttentionInterface.register(DECODE_ATTENTION, decode_attention)
+AttentionMaskInterface.register(DECODE_ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def decoding_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and the decoding attention; afterwards every module's mode and the attention are as before."""
+    base = base_model(model)
+    attention = base.config._attn_implementation
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    if attention in REPLACED:
+        base.set_attn_implementation(DECODE_ATTENTION)
+    try:
+        yield
+    finally:
+        if attention in REPLACED:
+            base.set_attn_implementation(attention)
+        for module in training:
+            module.training = True
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, without its adapter's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+@contextmanager
+def merged_adapter(model: nn.Module) -> Iterator[None]:
+    """Fold a LoRA adapter into its float32 base for a while; a base of any other type is left as it is.
+
+    In half precision the merged weights would round to another policy than the one that is trained. Subtracting the
+    adapter again is not exact either, so the base weights are kept (a copy of the adapted layers) and put back.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)] if isinstance(model, PeftModel) else []
+    weights = [layer.get_base_layer().weight for layer in layers]
+    active = all(not layer.merged and not layer.disable_adapters for layer in layers)
+    if not layers or not active or any(weight.dtype != torch.float32 for weight in weights):
+        yield
+        return
+    kept = [weight.detach().clone() for weight in weights]
+    model.merge_adapter()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.unmerge_adapter()  # type: ignore[operator]
+        with torch.no_grad():
+            for weight, original in zip(weights, kept, strict=True):
+                weight.copy_(original)
+
+
+def row_uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """Random numbers in [0, 1), float64 [rows, count]: a row's numbers follow from its seed alone."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(count, generator=own, dtype=torch.float64) for own in generators])
+
+
+def draw(logits_RV: Tensor, temperature: float, uniforms_R: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability (after temperature; greedy where `uniforms_R` is None, at temperature 1).
+
+    The token is where the cumulative distribution passes the row's uniform number.
+    """
+    logits_RV = logits_RV.float()
+    if uniforms_R is None:
+        tokens_R = logits_RV.argmax(-1)
+    else:
+        logits_RV = logits_RV / temperature
+        cumulative_RV = logits_RV.softmax(-1).cumsum(-1, dtype=torch.float64)
+        threshold_R = uniforms_R * cumulative_RV[:, -1]
+        tokens_R = torch.searchsorted(cumulative_RV, threshold_R[:, None], right=True)[:, 0]
+        tokens_R = tokens_R.clamp(max=logits_RV.shape[-1] - 1)
+    chosen_R = logits_RV.gather(-1, tokens_R[:, None])[:, 0]
+    return tokens_R, chosen_R - logits_RV.logsumexp(-1)
