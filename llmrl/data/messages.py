@@ -19,6 +19,7 @@ ROLE_NAMES = {
     "observation": "tool",
     "function": "tool",
 }
+THOUGHTS = ("tool_calls", "reasoning_content", "thinking")
 ASSISTANT_MARK = "\n\nAssistant:"
 HUMAN_MARK = "\n\nHuman:"
 
@@ -49,6 +50,11 @@ def kind_of(value: Any) -> str:
     if isinstance(value, dict):
         return "an object"
     return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
+
+
+def says_something(message: Message) -> bool:
+    """Whether a message has text other than blanks, calls a tool, or thinks."""
+    return bool((message.get("content") or "").strip()) or any(message.get(key) for key in THOUGHTS)
 
 
 def without_none(value: Any) -> Any:

@@ -13,17 +13,19 @@ from typing import Any, Literal, Protocol
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.data.formats import Pair, RowFault, check_columns, read_pair
+from llmrl.data.faults import RowFault, refusal, sound
+from llmrl.data.formats import COLUMNS, Pair, check_columns, read_pair
 from llmrl.data.lengths import Fitting, OverlongError, TruncationMode, fit
 from llmrl.data.mapping import Fingerprint, mapped
-from llmrl.data.splits import Rows, SplitKeys, enumerated, train_and_heldout
-from llmrl.data.tokenization import Encoded, Encoder, check_chat_template
+from llmrl.data.splits import Rows, SplitKeys, train_and_heldout
+from llmrl.data.tokenization import Encoded, Encoder, check_chat_template, check_vocabulary
 from llmrl.errors import RefusedError
+
+__all__ = ["PreferenceData", "PreferenceKeys", "check_vocabulary", "prepare_preferences"]
 
 Say = Callable[[str], None]
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-READ_COLUMNS = ("prompt", "conversations", "chosen", "rejected", "tools", "chat_template_kwargs")
 COUNTED = {
     "dropped_faulty": "rows dropped as faulty",
     "dropped_overlong_prompts": "rows dropped because max_length leaves no room for prompt and completion",
@@ -110,18 +112,13 @@ class _Preparation:
     def sound(self, rows: Rows) -> Rows:
         """The rows that are pairs, read before any is tokenised; the others are refused together, or dropped."""
         check_columns(rows.table.column_names, self.where)
-        rows = rows.columns(READ_COLUMNS)
-        faults: dict[int, RowFault] = {}
-        for index, row in enumerated(rows.table):
-            try:
-                if read_pair(row).conversational:
-                    check_chat_template(self.encoder.tokenizer, self.where)
-            except RowFault as fault:
-                faults[index] = fault
-        if faults and not self.drops_faulty:
-            raise self._refusal({rows.numbers[index]: fault for index, fault in faults.items()})
-        self.counts["dropped_faulty"] += len(faults)
-        return rows.select([i for i in range(len(rows)) if i not in faults]) if faults else rows
+        kept = sound(rows.columns(COLUMNS), self._check, drop=self.drops_faulty)
+        self.counts["dropped_faulty"] += len(rows) - len(kept)
+        return kept
+
+    def _check(self, row: dict[str, Any]) -> None:
+        if read_pair(row).conversational:
+            check_chat_template(self.encoder.tokenizer, self.where)
 
     def batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
         """Token ids of the rows that are kept."""
@@ -137,7 +134,7 @@ class _Preparation:
             fitting = self._fitted(encoded)
         except RowFault as fault:
             if not self.drops_faulty:
-                raise self._refusal({number: fault}) from None
+                raise refusal(self.where, {number: fault}) from None
             self.counts["dropped_faulty"] += 1
             return None
         except OverlongError as overlong:
@@ -184,12 +181,6 @@ class _Preparation:
             self.counts["without_stop_token"] += not part.ends
             self.ended += part.ends and len(ids) == len(part.completion_ids)
 
-    def _refusal(self, faults: dict[int, RowFault]) -> RefusedError:
-        (number, fault), *others = faults.items()
-        listed = ", ".join(str(other) for other, _ in others[:10]) + (", ..." if len(others) > 10 else "")
-        more = f" ({len(others)} more rows have faults: {listed})" if others else ""
-        return RefusedError(f"{self.where}, row {number}, {fault}{more}")
-
 
 def _encoded(pairs: list[Pair], encoder: Encoder) -> list[list[Encoded] | RowFault]:
     """(chosen, rejected) of each pair; plain and conversational ones each in one go."""
@@ -200,7 +191,7 @@ def _encoded(pairs: list[Pair], encoder: Encoder) -> list[list[Encoded] | RowFau
     def prompts_and_answers(indices: list[int]) -> tuple[list[Any], list[Any]]:
         return [pairs[i].prompt for i in indices], [(pairs[i].chosen, pairs[i].rejected) for i in indices]
 
-    extras = [{"tools": pairs[i].tools, **(pairs[i].template_kwargs or {})} for i in spoken]
+    extras = [pairs[i].extras for i in spoken]
     results = [*encoder.plain(*prompts_and_answers(plain)), *encoder.rendered(*prompts_and_answers(spoken), extras)]
     for index, result in zip((*plain, *spoken), results, strict=True):
         encoded[index] = result

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from llmrl.data.formats import RowFault
+from llmrl.data.faults import RowFault
 from llmrl.data.messages import Message, shared_length
 from llmrl.errors import RefusedError
 
