@@ -90,10 +90,10 @@ def check(config: DPOConfig) -> list[str]:
     from llmrl.trainers import checks
 
     said: list[str] = []
-    tokenizer, data = _data(config, said.append)
+    _, data = _data(config, said.append)
     steps = num_steps(config, len(data.train))
     said.append(f"{len(data.train)} pairs to train on, {len(data.heldout or [])} held out; {steps} optimizer steps")
-    return said + checks.model_fits(config, tokenizer, config.tokens_per_microbatch)
+    return said + checks.fits(config, config, config)
 
 
 def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
@@ -102,11 +102,11 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.evaluation.preferences import preference_metrics
     from llmrl.objectives.dpo import DPO
     from llmrl.trainers.session import Session
-    from llmrl.trainers.setup import build_learner, task_evaluation
+    from llmrl.trainers.setup import build_learner
 
     tokenizer, data = _data(config, run.note, dataset)
     total_steps = num_steps(config, len(data.train))
-    learner = build_learner(config, tokenizer, total_steps, run.note)
+    learner = build_learner(config, config, config, total_steps, run.note)
     objective = DPO(config.beta, config.loss_type, config.label_smoothing).objective()
 
     def rows_of(step: int) -> list[int]:
@@ -115,7 +115,7 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     reference = _precomputed(learner, data, [rows_of(s) for s in range(total_steps)], run)
     heldout = [_pair(row) for row in data.heldout or []]
     heldout = [_with_reference(g, r) for g, r in zip(heldout, learner.logprobs(heldout), strict=True)]
-    task = task_evaluation(config.task_evaluation, learner, tokenizer, run)
+    task = dict
 
     def evaluate() -> dict[str, dict[str, float]]:
         found = {"preference": preference_metrics(heldout, learner.logprobs(heldout), objective)} if heldout else {}

@@ -2,46 +2,50 @@
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
-import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from llmrl import models
-from llmrl.config import TaskEvaluationKeys
+from llmrl.config import ModelKeys, OptimizationKeys
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.loading import load_model, precision
 from llmrl.learner.sharding import build_accelerator
-from llmrl.runs import Run
 
 
-class TrainableKeys(Protocol):
-    """What `build_learner` reads: ModelKeys, OptimizationKeys, and the keys `reference` and `form`."""
+class LearnerKeys(Protocol):
+    """The keys of a method's own configuration that decide how its learner is built."""
+
+    @property
+    def reference(self) -> str: ...
+    @property
+    def form(self) -> Literal["auto", "tree", "padded"]: ...
 
 
 def build_learner(
-    config: "TrainableKeys", tokenizer: PreTrainedTokenizerBase, total_steps: int, say: Callable[[str], None]
+    model: ModelKeys, optimization: OptimizationKeys, own: LearnerKeys, total_steps: int, say: Callable[[str], None]
 ) -> Learner:
-    """The model of the configuration in a learner, on what was launched."""
-    dtype, mixed_precision = precision(config, config.mixed_precision, say)
+    """The configured model in a learner, on whatever was launched; all three arguments may be the same object."""
+    dtype, mixed_precision = precision(model, optimization.mixed_precision, say)
     accelerator = build_accelerator(mixed_precision)
-    set_seed(config.seed)
-    model = load_model(models.resolve(config.model_name_or_path), config, dtype, say)
-    form = "padded" if config.form == "auto" and config.attn_implementation != "auto" else config.form
-    if form != config.form:
-        say(f"attn_implementation {config.attn_implementation} was asked for: padded rows instead of prefix trees.")
+    set_seed(optimization.seed)
+    causal_lm = load_model(models.resolve(model.model_name_or_path), model, dtype, say)
+    form = own.form
+    if form == "auto" and model.attn_implementation != "auto":
+        form = "padded"
+        say(f"attn_implementation {model.attn_implementation} was asked for: padded rows instead of prefix trees.")
     options = LearnerOptions(
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=math.ceil(config.warmup_ratio * total_steps),
+        learning_rate=optimization.learning_rate,
+        lr_scheduler_type=optimization.lr_scheduler_type,
+        warmup_steps=math.ceil(optimization.warmup_ratio * total_steps),
         total_steps=total_steps,
-        weight_decay=config.weight_decay,
-        adam_betas=(config.adam_beta1, config.adam_beta2),
-        adam_epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-        tokens_per_microbatch=config.tokens_per_microbatch,
-        reference=config.reference,
+        weight_decay=optimization.weight_decay,
+        adam_betas=(optimization.adam_beta1, optimization.adam_beta2),
+        adam_epsilon=optimization.adam_epsilon,
+        max_grad_norm=optimization.max_grad_norm,
+        tokens_per_microbatch=optimization.tokens_per_microbatch,
+        reference=own.reference,
         form=form,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=model.gradient_checkpointing,
     )
-    return Learner(model, options, accelerator, say)
+    return Learner(causal_lm, options, accelerator, say)

@@ -1,0 +1,75 @@
+"""What `llmrl check` says of model, memory and disk: arithmetic on configurations, no weights are loaded."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrl import models
+from llmrl.config import ModelKeys, OptimizationKeys, RunKeys
+from llmrl.errors import RefusedError
+from llmrl.learner.loading import DTYPES, load_config
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: all, trained ones, and those of the largest activation-bearing widths."""
+
+    parameters: int
+    trained: int
+    hidden: int
+    layers: int
+    vocabulary: int
+
+
+def model_sizes(config: ModelKeys) -> Sizes:
+    """Counted on a model without storage, the adapter included."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llmrl.learner.loading import add_lora
+
+    description = load_config(models.resolve(config.model_name_or_path))
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(description)
+        if config.use_peft:
+            model = add_lora(model, config)
+    text = description.get_text_config()
+    return Sizes(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
+    )
+
+
+def fits(model: ModelKeys, optimization: OptimizationKeys, run: RunKeys) -> list[str]:
+    """Lines about memory and disk. Raises RefusedError where the disk cannot hold what the run will write."""
+    sizes = model_sizes(model)
+    width = DTYPES[model.dtype].itemsize if model.dtype != "auto" else 4
+    trained_width = 4 if model.use_peft else width
+    weights = (sizes.parameters - sizes.trained) * width + sizes.trained * trained_width
+    optimizer = sizes.trained * (trained_width + 8)  # gradient, two moments in float32
+    checkpoint = sizes.trained * (trained_width + 8)
+    export = checkpoint // 3 if model.use_peft else sizes.parameters * width
+    kept = (run.save_total_limit or 1) + 1  # a new one is written before an old one goes
+    needed = checkpoint * kept + export
+    free = shutil.disk_usage(_existing(Path(run.output_dir))).free
+    lines = [
+        f"model: {sizes.parameters / 1e6:,.1f} M parameters, {sizes.trained / 1e6:,.1f} M trained",
+        f"memory of one process, without sharding: weights {weights / GIB:.2f} GiB, gradients and optimizer "
+        f"{optimizer / GIB:.2f} GiB, beside activations of {optimization.tokens_per_microbatch} tokens",
+        f"disk: {needed / GIB:.2f} GiB for {kept} checkpoints and the trained model; {free / GIB:.1f} GiB are free",
+    ]
+    if needed > free:
+        raise RefusedError(
+            f"output_dir {run.output_dir}: {lines[-1]}. Free some, lower save_total_limit, or choose another output_dir"
+        )
+    return lines
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent if path.parent != path else Path("/"))
