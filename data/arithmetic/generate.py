@@ -4,11 +4,12 @@
     python data/arithmetic/generate.py [--output DIR]
 
 Invariants (tests/data/test_arithmetic.py holds them):
-- the same bytes come out on every machine and Python version: only `random.random()`, whose sequence Python guarantees, is drawn;
-- a problem's split depends on nothing but its canonical operands, so `47 + 85` and `85 + 47` are in the same split under every
-  wording, in problems, solutions and pairs alike;
+- the same bytes come out on every machine and Python version: only `random.random()`, whose sequence Python
+  guarantees, is drawn;
+- a problem's split depends on nothing but its canonical operands, so `47 + 85` and `85 + 47` are in the same split
+  under every wording, in problems, solutions and pairs alike;
 - in a solution every line but the last is one equation, and the last is `Answer: N`;
-- a rejected solution has exactly one wrong line, number `wrong_step`; every later line follows correctly from the wrong value.
+- a rejected solution has exactly one wrong line, number `wrong_step`; later lines follow correctly from its result.
 
 Standard library only.
 """
@@ -72,7 +73,7 @@ class Problem:
 
 
 class Fault(NamedTuple):
-    """A planted error in `step` (from 0): its result becomes `value`, or its operand number `operand` is read as `value`."""
+    """A planted error in `step` (from 0): its result becomes `value`, or its operand `operand` is read as `value`."""
 
     kind: str
     step: int
@@ -197,7 +198,7 @@ def render(problem: Problem, fault: Fault | None = None) -> str:
 
 
 def swapped(number: int, draw: Draw) -> int:
-    """Two neighbouring digits exchanged: 132 -> 312 or 123. The same number where there are no two digits to exchange."""
+    """Two neighbouring digits exchanged: 132 -> 312 or 123. The same number where it has but one digit."""
     digits = list(str(number))
     if len(digits) < 2:
         return number
@@ -215,7 +216,7 @@ def faults(problem: Problem, draw: Draw) -> Iterator[Fault]:
         if kind == "misread_number":
             operands = operands_of(problem.steps, step, values, None)
             at = draw.between(0, len(operands) - 1)
-            # The leading digit is misread, so that 40 becomes 30 or 50 and 7 becomes 6 or 8: still a number of that place.
+            # The leading digit is misread: 40 becomes 30 or 50 and 7 becomes 6 or 8, still numbers of that place.
             unit = 10 ** (len(str(operands[at])) - 1)
             yield Fault(kind, step, operands[at] + draw.one_of((-unit, unit)), at)
         else:
@@ -271,9 +272,10 @@ def row(table: str, problem: Problem, question: str, draw: Draw) -> dict[str, ob
 def fresh(make: Callable[[Draw], Problem], split: str, seen: set[str], draw: Draw) -> tuple[Problem, str]:
     """A problem of this split with its question, not seen before.
 
-    In train the question is new; outside train the problem is, whatever its wording: each row is an observation of its own.
+    In train the question is new; outside train the problem is, whatever its wording: each row is an observation of
+    its own.
     """
-    for _ in range(1_000_000):
+    for _ in range(100_000):
         problem = make(draw)
         question = draw.one_of(WORDINGS).format(problem.expression)
         key = question if split == "train" else problem.canonical
