@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from llmrl.errors import RefusedError
-from llmrl.rollout.decoding import base_model, decoding_mode, draw, merged_adapter, row_uniforms
+from llmrl.rollout.decoding import base_model, decoding_mode, draw, row_uniforms
 from llmrl.rollout.protocol import Completion, SamplingParams, row_seed
 
 COMPACT_BELOW = 0.75  # share of rows still going under which the finished ones leave, which copies the cache
@@ -58,7 +58,7 @@ class HuggingFaceEngine:
         """
         self._check(prompt_ids, sampling)
         found: dict[tuple[int, int], Completion] = {}
-        with torch.no_grad(), decoding_mode(self.model), merged_adapter(self.model):
+        with torch.no_grad(), decoding_mode(self.model):
             for rows in self._batches(prompt_ids, sampling):
                 for row, completion in zip(rows, self._batch(rows, prompt_ids, sampling), strict=True):
                     found[row.prompt, row.sample] = completion

@@ -1,0 +1,138 @@
+"""Greedy accuracy on problems with known answers: what a recipe shows beside its loss.
+
+task = TaskEvaluation(config.task_evaluation, tokenizer, run.note)     # refuses bad problems before training
+result = task(model)                                                   # every rank gets the whole result
+run.evaluation(step, "task", result.metrics)
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from llmrl.config import TaskEvaluationKeys
+from llmrl.data.problems import prepare_problems
+from llmrl.errors import RefusedError
+from llmrl.evaluation.intervals import wilson_interval
+from llmrl.rewards.answers import final_number, is_correct
+from llmrl.rollout.huggingface import HuggingFaceEngine
+from llmrl.rollout.protocol import Completion, Engine, SamplingParams
+
+SAMPLES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One problem and what the model said to it; `truncated`: it ran into the limit of new tokens."""
+
+    prompt: str
+    answer: str
+    text: str
+    correct: bool
+    truncated: bool
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """`metrics` for evals.json, and every problem with its answer, in the order of the data."""
+
+    metrics: dict[str, float]
+    answered: list[Answered]
+
+
+class TaskEvaluation:
+    """The problems of a `task_evaluation` section, answered by whatever model is given.
+
+    Under several processes each answers its share and all get the whole result; the model must be whole on each.
+    """
+
+    def __init__(
+        self, keys: TaskEvaluationKeys, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+    ) -> None:
+        self.keys, self.tokenizer = keys, tokenizer
+        self.problems = list(prepare_problems(keys, tokenizer, say))
+        for problem in self.problems:
+            if final_number(problem["answer"]) is None:
+                raise RefusedError(
+                    f"{keys.dataset_name}, row {problem['row']}, column `{keys.answer_column}`: "
+                    f"{problem['answer']!r} holds no number, so no answer could be right. Mend the row, or name another "
+                    "column in task_evaluation.answer_column"
+                )
+
+    def __call__(self, model: nn.Module) -> TaskResult:
+        """Answer all problems greedily with `model` as it is."""
+        engine = HuggingFaceEngine(model, self.tokenizer, max_rows=self.keys.batch_size)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = answer(engine, self.tokenizer, self.problems[rank::world], self.keys.max_new_tokens)
+        if world == 1:
+            return TaskResult(accuracy_metrics(mine), mine)
+        shares: list[Any] = [None] * world
+        dist.all_gather_object(shares, mine)
+        whole = [shares[i % world][i // world] for i in range(len(self.problems))]
+        return TaskResult(accuracy_metrics(whole), whole)
+
+
+def greedy_accuracy(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, problems: Iterable[dict[str, Any]], max_new_tokens: int
+) -> TaskResult:
+    """Answer `problems` (rows of `prepare_problems`) greedily with any engine."""
+    answered = answer(engine, tokenizer, list(problems), max_new_tokens)
+    return TaskResult(accuracy_metrics(answered), answered)
+
+
+def answer(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, problems: Sequence[dict[str, Any]], max_new_tokens: int
+) -> list[Answered]:
+    """One greedy completion a problem, its final number compared with the problem's."""
+    found = engine.generate([p["prompt_ids"] for p in problems], SamplingParams(max_new_tokens, temperature=0))
+    return [_answered(tokenizer, problem, only) for problem, (only,) in zip(problems, found, strict=True)]
+
+
+def accuracy_metrics(answered: Sequence[Answered]) -> dict[str, float]:
+    """`accuracy` with its 95% Wilson interval, `n`, `truncated` (share of answers), `mean_length` (tokens)."""
+    n = len(answered)
+    right = sum(a.correct for a in answered)
+    low, high = wilson_interval(right, n)
+    return {
+        "accuracy": right / max(n, 1),
+        "accuracy_interval_low": low,
+        "accuracy_interval_high": high,
+        "n": float(n),
+        "truncated": sum(a.truncated for a in answered) / max(n, 1),
+        "mean_length": sum(a.num_tokens for a in answered) / max(n, 1),
+    }
+
+
+def update_samples(file: Path, label: str, result: TaskResult, shown: int = SAMPLES_SHOWN) -> None:
+    """Put the first answers under `label` (`before`, `after`) into a run's samples.json, beside those that are there."""
+    stored: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    beside = {item["prompt"]: [c for c in item["completions"] if c["label"] != label] for item in stored}
+    samples = [
+        {
+            "prompt": a.prompt,
+            "answer": a.answer,
+            "completions": [*beside.get(a.prompt, []), {"label": label, "text": a.text, "correct": a.correct}],
+        }
+        for a in result.answered[:shown]
+    ]
+    written = file.with_name(f".tmp_{file.name}")
+    written.write_text(json.dumps(samples, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    written.replace(file)
+
+
+def _answered(tokenizer: PreTrainedTokenizerBase, problem: dict[str, Any], completion: Completion) -> Answered:
+    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    return Answered(
+        prompt=problem["prompt"],
+        answer=problem["answer"],
+        text=text,
+        correct=is_correct(text, problem["answer"]),
+        truncated=completion.finish_reason == "length",
+        num_tokens=len(completion.token_ids),
+    )
