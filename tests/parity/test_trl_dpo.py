@@ -13,7 +13,7 @@ from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.sequences import completion
 from llmrl.objectives.dpo import DPO
 from support.models import make_tiny_model
-from support.tokenizers import word_tokenizer
+from support.words import word_tokenizer
 
 STEPS, PAIRS_PER_STEP, RATE = 3, 4, 1e-3
 
