@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from llmrl.data.preferences import PreferenceData
+    from llmrl.evaluation.tasks import TaskEvaluation
     from llmrl.learner.learner import Learner
     from llmrl.learner.sequences import Group
     from llmrl.runs import Run
@@ -90,7 +91,8 @@ def check(config: DPOConfig) -> list[str]:
     from llmrl.trainers import checks
 
     said: list[str] = []
-    _, data = _data(config, said.append)
+    tokenizer, data = _data(config, said.append)
+    _problems(config, tokenizer, said.append)
     steps = num_steps(config, len(data.train))
     said.append(f"{len(data.train)} pairs to train on, {len(data.heldout or [])} held out; {steps} optimizer steps")
     return said + checks.fits(config, config, config)
@@ -102,9 +104,10 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.evaluation.preferences import preference_metrics
     from llmrl.objectives.dpo import DPO
     from llmrl.trainers.session import Session
-    from llmrl.trainers.setup import build_learner
+    from llmrl.trainers.setup import build_learner, task_evaluation
 
     tokenizer, data = _data(config, run.note, dataset)
+    problems = _problems(config, tokenizer, run.note)
     total_steps = num_steps(config, len(data.train))
     learner = build_learner(config, config, config, total_steps, run.note)
     objective = DPO(config.beta, config.loss_type, config.label_smoothing).objective()
@@ -115,11 +118,11 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     reference = _precomputed(learner, data, [rows_of(s) for s in range(total_steps)], run)
     heldout = [_pair(row) for row in data.heldout or []]
     heldout = [_with_reference(g, r) for g, r in zip(heldout, learner.logprobs(heldout), strict=True)]
-    task = dict
+    answer_problems = task_evaluation(problems, learner, run)
 
     def evaluate() -> dict[str, dict[str, float]]:
         found = {"preference": preference_metrics(heldout, learner.logprobs(heldout), objective)} if heldout else {}
-        return found | task()
+        return found | answer_problems()
 
     session = Session(run, learner, tokenizer, total_steps, data.fingerprint, evaluate, callbacks)
     for step in session.steps():
@@ -149,6 +152,14 @@ def _data(
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, load_config(path))
     return tokenizer, prepare_preferences(config, tokenizer, say, dataset=dataset)
+
+
+def _problems(
+    config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]
+) -> "TaskEvaluation | None":
+    from llmrl.evaluation.tasks import TaskEvaluation
+
+    return TaskEvaluation(config.task_evaluation, tokenizer, say) if config.task_evaluation else None
 
 
 def _pair(row: dict[str, Any]) -> "Group":

@@ -8,9 +8,12 @@ from transformers import set_seed
 
 from llmrl import models
 from llmrl.config import ModelKeys, OptimizationKeys
+from llmrl.errors import RefusedError
+from llmrl.evaluation.tasks import TaskEvaluation, update_samples
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.loading import load_model, precision
-from llmrl.learner.sharding import build_accelerator
+from llmrl.learner.sharding import build_accelerator, zero_stage
+from llmrl.runs import Run
 
 
 class LearnerKeys(Protocol):
@@ -49,3 +52,30 @@ def build_learner(
         gradient_checkpointing=model.gradient_checkpointing,
     )
     return Learner(causal_lm, options, accelerator, say)
+
+
+def task_evaluation(
+    task: TaskEvaluation | None, learner: Learner, run: Run
+) -> Callable[[], dict[str, dict[str, float]]]:
+    """Greedy accuracy of the learner's model as it is, by name; nothing where none was asked for.
+
+    The answers of the first and of the latest call are kept in samples.json for the report.
+    """
+    if task is None:
+        return dict
+    if zero_stage(learner.accelerator) == 3:
+        raise RefusedError(
+            "task_evaluation generates with the whole model on each process, which ZeRO-3 does not have; "
+            "leave the section out, or launch with ZeRO-2 or DDP"
+        )
+    label = "before" if run.checkpoint is None else "after"
+
+    def evaluate() -> dict[str, dict[str, float]]:
+        nonlocal label
+        result = task(learner.causal_lm)
+        if run.is_main:
+            update_samples(run.directory / "samples.json", label, result)
+        label = "after"
+        return {"task": result.metrics}
+
+    return evaluate
