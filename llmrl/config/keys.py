@@ -162,8 +162,8 @@ class RunKeys(Keys):
     @property
     def trackers(self) -> list[str]:
         """Names in report_to without `none`; `all` is still in it."""
-        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
-        return [name for name in dict.fromkeys(names) if name not in ("none", "")]
+        names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to
+        return [name for name in dict.fromkeys(name.strip() for name in names) if name not in ("none", "")]
 
     @model_validator(mode="after")
     def _known_trackers(self) -> Self:

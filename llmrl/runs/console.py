@@ -11,8 +11,9 @@ from typing import Any, TextIO
 class SafeStream:
     """A text stream whose failures are swallowed: after the first one it stays silent."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        # Python has none where the process was started with the stream closed.
+        self._stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115
         self._dead = False
 
     def write(self, text: str) -> int:

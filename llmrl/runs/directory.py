@@ -193,7 +193,8 @@ class Run:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # somebody has put something into it
                 folder.rmdir()

@@ -1,8 +1,8 @@
 """From a command line to an exit code: what every recipe's run.py calls.
 
 Invariants: 0 done, 2 refused (one message, no traceback, nothing left behind), 75 interrupted after a whole checkpoint,
-1 failed (traceback in error.log); every rank ends with the same code and only rank 0 speaks; until `train` is called
-nothing heavy is imported.
+1 failed (traceback in error.log); every rank ends with the same code and only rank 0 speaks, but for a line from
+another that fails; until `train` is called nothing heavy is imported.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from llmrl.config.keys import RunKeys
@@ -88,10 +89,10 @@ def _trained(config: ConfigT, run: Run, train: Callable[[ConfigT, Run], None]) -
         reason = str(error) or "interrupted by the keyboard"
         return _ended(run, "interrupted", reason, RunInterruptedError.exit_code)
     except RunFailedError as error:
-        _write_traceback(run)
+        _write_traceback(run, error)
         return _ended(run, "failed", str(error), error.exit_code)
     except (Exception, SystemExit) as error:
-        where = _write_traceback(run)
+        where = _write_traceback(run, error)
         return _ended(run, "failed", f"{_sentence(error)}. Traceback: {where}", 1)
 
 
@@ -108,7 +109,7 @@ def _ended(run: Run, status: Status, reason: str, code: int) -> int:
     return code
 
 
-def _write_traceback(run: Run) -> str:
+def _write_traceback(run: Run, error: BaseException) -> str:
     """Appends the traceback to error.log (error_rankN.log elsewhere than on rank 0) and returns the file's name."""
     name = "error.log" if run.is_main else f"error_rank{ranks.rank()}.log"
     path = run.directory / name
@@ -117,11 +118,12 @@ def _write_traceback(run: Run) -> str:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
     except OSError:
-        complain(text)
-        return "above"
+        if run.is_main:
+            complain(text)
+        path = Path("could not be written")
     if not run.is_main:
-        # The other ranks may only notice that this one is gone; the cause must not hide in a file.
-        complain(f"rank {ranks.rank()} failed: {text.strip().splitlines()[-1]} (traceback: {path})")
+        # It may have failed alone: the others then only notice that it is gone, and the cause must not hide in a file.
+        complain(f"rank {ranks.rank()} failed: {_sentence(error)} (traceback: {path})")
     return str(path)
 
 

@@ -23,6 +23,7 @@ class Metrics:
         self.last: dict[str, Any] = {}
         self._lines: list[dict[str, Any]] = []
         self._note = note
+        self._said: set[str] = set()
         self._file: TextIO | None = None
 
     def load(self, step: int) -> None:
@@ -71,8 +72,15 @@ class Metrics:
         line: dict[str, Any] = finite(values)
         for key, value in line.items():
             if value is None and values[key] is not None:
-                self._note(f"{key} is {float(values[key])} at step {step}; it is written as null")
+                self._say_once(
+                    key, f"{key} is {float(values[key])} at step {step}: written as null, as all such from here on"
+                )
         return line
+
+    def _say_once(self, key: str, text: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            self._note(text)
 
     def _failure(self, error: OSError) -> RunFailedError:
         from llmrl.runs.checkpoints import latest

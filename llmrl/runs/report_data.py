@@ -121,8 +121,8 @@ def before_after(
 
 
 def number(value: Any) -> float | None:
-    """The value where it is a finite number (JSON has no other), else None."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+    """The value where it is a number that can be drawn, else None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     return None
 

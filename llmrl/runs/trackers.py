@@ -73,12 +73,16 @@ class Trackers:
 
     def _start(self) -> dict[str, Any]:
         if self._started is None:
-            self._started = {name: self._make(name) for name in self._names}
+            self._started = {}
+            for name in self._names:
+                self._started[name] = self._make(name)
         return self._started
 
     def _make(self, name: str) -> Any:
+        import accelerate
         import accelerate.tracking
 
+        accelerate.PartialState()  # the trainer's, where it has made one; trackers need it to exist
         run_name = self._config.run_name or self._directory.resolve().name
         project, options = _arguments(name, run_name, self._directory)
         try:

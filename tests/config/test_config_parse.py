@@ -1,5 +1,6 @@
 """The command line and the YAML file: what is taken, what is refused, and in which words."""
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -195,7 +196,7 @@ def test_two_values_for_a_key_that_takes_one():
 
 
 def test_a_stray_word_is_refused_and_a_file_gets_a_hint():
-    with pytest.raises(RefusedError, match="did you mean `--config tiny.yaml`"):
+    with pytest.raises(RefusedError, match=r"did you mean `--config tiny\.yaml`"):
         parse(Toy, ["tiny.yaml"])
     with pytest.raises(RefusedError, match="unexpected argument `train`"):
         parse(Toy, ["train"])
@@ -408,10 +409,8 @@ def test_the_resolved_file_gives_back_the_same_configuration(
     )
 )
 def test_whatever_is_typed_ends_in_a_configuration_or_a_refusal(words: list[str]):
-    try:
-        parse(Toy, [*NEEDED, *(word for word in words if word not in ("-h", "--help"))])
-    except RefusedError as error:
-        assert str(error)
+    with contextlib.suppress(RefusedError):  # any other exception fails the test
+        assert parse(Toy, [*NEEDED, *(word for word in words if word != "-h")]).config.method == "toy"
 
 
 # ---- help
@@ -445,6 +444,8 @@ def test_every_shared_key_has_a_text():
 
 
 def test_configuration_and_runs_import_without_torch():
-    code = "import sys, llmrl.cli, llmrl.config, llmrl.runs; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, llmrl.cli, llmrl.config, llmrl.runs; print({'torch', 'transformers'} & set(sys.modules) or None)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "None"

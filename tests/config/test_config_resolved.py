@@ -57,9 +57,10 @@ def test_paths_stay_as_they_were_given():
 @pytest.mark.parametrize(
     "housekeeping",
     [
-        {"output_dir": "elsewhere"}, {"run_name": "x"}, {"save_steps": 3}, {"save_total_limit": None}, {"eval_steps": 3},
-        {"logging_steps": 5}, {"report_to": "wandb"}, {"push_to_hub": True}, {"hub_model_id": "me/x"},
-        {"resume_from_checkpoint": "latest"}, {"tokens_per_microbatch": 64}, {"gradient_checkpointing": True},
+        {"output_dir": "elsewhere"}, {"run_name": "x"}, {"save_steps": 3}, {"save_total_limit": None},
+        {"eval_steps": 3}, {"logging_steps": 5}, {"report_to": "wandb"}, {"push_to_hub": True},
+        {"hub_model_id": "me/x"}, {"resume_from_checkpoint": "latest"},
+        {"tokens_per_microbatch": 64}, {"gradient_checkpointing": True},
         {"pause": 1.0},
     ],
     ids=str,
@@ -71,8 +72,8 @@ def test_what_cannot_change_the_weights_does_not_change_the_fingerprint(housekee
 @pytest.mark.parametrize(
     "change",
     [
-        {"learning_rate": 2e-4}, {"seed": 1}, {"dataset_name": "e"}, {"max_steps": 5}, {"max_length": 8}, {"use_peft": True},
-        {"lora_r": 4}, {"model_name_or_path": "n"}, {"eval_rows": 3}, {"warmup_ratio": 0.1},
+        {"learning_rate": 2e-4}, {"seed": 1}, {"dataset_name": "e"}, {"max_steps": 5}, {"max_length": 8},
+        {"use_peft": True}, {"lora_r": 4}, {"model_name_or_path": "n"}, {"eval_rows": 3}, {"warmup_ratio": 0.1},
     ],
     ids=str,
 )  # fmt: skip

@@ -1,0 +1,71 @@
+"""kill -9 in the middle of writing checkpoints, many times over: `latest` is whole, right, no older than promised."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from llmrl.runs import checkpoints
+
+KILLS = 25
+FILES, SIZE = 6, 40_000
+
+
+def write_for_ever(root: Path, first: int, said: int) -> None:
+    """Checkpoints with content that follows from their step; every one that is published is said aloud."""
+
+    def write(folder: Path) -> None:
+        for number in range(FILES):
+            (folder / f"part{number}.bin").write_bytes(bytes([step % 251]) * (SIZE + step))
+
+    step = first
+    while True:
+        checkpoints.publish(root, step, write, {"made_of": step % 251}, keep=1)
+        os.write(said, step.to_bytes(8, "big"))
+        # Every other one is written twice, as a resumed run does: replacing is the hardest moment.
+        if step % 2 and step != first:
+            checkpoints.publish(root, step, write, {"made_of": step % 251}, keep=1)
+        step += 1
+
+
+def killed_writer(root: Path, first: int, seconds: float) -> int:
+    """The last step that a writer said it had published before it was killed; `first` - 1 where it came to none."""
+    hear, said = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(hear)
+            write_for_ever(root, first, said)
+        finally:
+            os._exit(1)
+    os.close(said)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the writer ended by itself"
+    with os.fdopen(hear, "rb") as pipe:
+        words = pipe.read()
+    return int.from_bytes(words[-8:], "big") if words else first - 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_latest_is_always_whole_and_not_older_than_promised(tmp_path: Path):
+    moments = random.Random(11)
+    promised, first = 0, 1
+    for _ in range(KILLS):
+        promised = max(promised, killed_writer(tmp_path, first, moments.uniform(0.005, 0.06)))
+        newest = checkpoints.latest(tmp_path)
+        if newest is None:
+            assert promised == 0
+            continue
+        manifest = checkpoints.read_manifest(newest)
+        step = manifest["step"]
+        assert promised <= step <= promised + 1
+        assert len(manifest["files"]) == FILES
+        for name in manifest["files"]:
+            assert (newest / name).read_bytes() == bytes([step % 251]) * (SIZE + step)
+        promised, first = step, step + 1
+    assert promised > KILLS // 2, "the writer never came far enough for the test to mean something"
