@@ -8,7 +8,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from packaging.version import Version
 
 
@@ -32,6 +31,8 @@ def main() -> None:
     lock = Path(sys.argv[1])
     if wrong := differences(lock):
         sys.exit("Not what the lock says:\n  " + "\n  ".join(wrong))
+    import torch  # a library that cannot be loaded is worth knowing here as well
+
     if lock.stem == "cuda" and torch.version.cuda is None:
         sys.exit(
             f"torch {torch.__version__} is a CPU build: pip's configuration (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, "
