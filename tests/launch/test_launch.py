@@ -18,14 +18,21 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["launch/install", "launch/quickstart", "launch/test", "launch/slurm/train.sbatch", ".ci/run"]
-TOOLS = ["awk", "bash", "cat", "cut", "df", "dirname", "du", "find", "getconf", "grep", "head", "ls", "mkdir", "mv"] + [
+TEXT_TOOLS = ["awk", "cat", "cut", "grep", "head", "sed", "tail", "tr"]
+OTHER_TOOLS = [
+    "bash",
+    "df",
+    "dirname",
+    "du",
+    "find",
+    "getconf",
+    "ls",
+    "mkdir",
+    "mv",
     "rm",
-    "sed",
     "sh",
     "sleep",
-    "tail",
     "tput",
-    "tr",
     "uname",
 ]
 PINNED_EXTRAS = ("deepspeed", "trackers", "dev")
@@ -44,7 +51,7 @@ def tools(tmp_path: Path) -> Path:
     """A folder for PATH with the ordinary tools and no Python and no compiler at all."""
     folder = tmp_path / "tools"
     folder.mkdir()
-    for name in TOOLS:
+    for name in TEXT_TOOLS + OTHER_TOOLS:
         if found := shutil.which(name):
             (folder / name).symlink_to(found)
     return folder
