@@ -107,6 +107,7 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.trainers.setup import build_learner, task_evaluation
 
     tokenizer, data = _data(config, run.note, dataset)
+    run.verify_dataset(data.fingerprint)
     problems = _problems(config, tokenizer, run.note)
     total_steps = num_steps(config, len(data.train))
     learner = build_learner(config, config, config, total_steps, run.note)

@@ -54,7 +54,6 @@ class Session:
     def steps(self) -> Iterator[int]:
         """Numbers of the steps still to do, from 0; between two of them everything else happens."""
         run = self.run
-        run.verify_dataset(self.data_fingerprint)
         if run.checkpoint is not None:
             self.learner.load(run.checkpoint)
             self.state = TrainerState.load_from_json(str(run.checkpoint / STATE_FILE))
