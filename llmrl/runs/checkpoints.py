@@ -68,7 +68,7 @@ def guarded(root: Path, step: int) -> Iterator[None]:
         path = pending(root, step)
         written = sum(file.stat().st_size for file in _files(path))
         shutil.rmtree(path, ignore_errors=True)
-        failure = as_disk_failure(error, root, f"checkpoint step_{step}", written, latest(root))
+        failure = as_disk_failure(error, root, f"checkpoint step_{step}", latest(root), written)
         if failure is None:
             raise
         raise failure from error

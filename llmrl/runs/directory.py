@@ -39,6 +39,8 @@ class Run:
     """Whether this process writes and speaks (rank 0)."""
     interrupted: bool
     """A signal asked *this rank* to stop: finish the step, save, raise RunInterruptedError. Ranks must agree first."""
+    training: bool
+    """Steps are being trained: a signal waits for the end of a step instead of ending the run at once."""
     checkpoint: Path | None
     """The whole checkpoint to go on from; None: from the start."""
     start_step: int
@@ -207,12 +209,14 @@ class Run:
     ) -> None:
         if error is None:
             self.close("completed")
-        elif isinstance(error, RefusedError):
-            self.withdraw()
-        elif isinstance(error, RunInterruptedError | KeyboardInterrupt):
-            self.close("interrupted", str(error) or "interrupted by the keyboard")
-        else:
-            self.close("failed", f"{type(error).__name__}: {error}")
+            return
+        with contextlib.suppress(OSError):  # the error under way says more than a summary that cannot be written
+            if isinstance(error, RefusedError):
+                self.withdraw()
+            elif isinstance(error, RunInterruptedError | KeyboardInterrupt):
+                self.close("interrupted", str(error) or "interrupted by the keyboard")
+            else:
+                self.close("failed", f"{type(error).__name__}: {error}")
 
     def _take_directory(self, argv: Sequence[str] | None) -> None:
         self._argv = argv
@@ -239,6 +243,8 @@ class Run:
             return
         self._started = True
         (self.directory / "summary.json").unlink(missing_ok=True)
+        for leftover in self.directory.glob(".*.tmp[0-9]*"):  # of a writer that was killed
+            leftover.unlink(missing_ok=True)
         if self.checkpoint is not None:
             write_text(self.directory / "config.yaml", to_yaml(self.config))
             write_json(self.directory / "environment.json", describe_environment(self._argv))

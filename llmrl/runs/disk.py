@@ -29,25 +29,25 @@ def is_disk_failure(error: BaseException) -> bool:
 
 
 def as_disk_failure(
-    error: BaseException, root: Path, what: str, written: int, intact: Path | None
+    error: BaseException, root: Path, what: str, intact: Path | None, written: int | None = None
 ) -> RunFailedError | None:
     """The error for a person when the disk failed while `what` was written below `root`, else None.
 
-    `written`: bytes that got onto the disk before it failed; `intact`: the newest whole checkpoint.
+    `intact`: the newest whole checkpoint; `written`: where `what` is a checkpoint, the bytes that got onto the disk.
     """
     if not is_disk_failure(error) and not isinstance(error, OSError):
         return None
     device = _existing(root)
-    free = shutil.disk_usage(device).free
-    needed = f"more than the {size(written)} written before it failed"
-    if intact is not None:
-        needed = f"about {size(sum(f.stat().st_size for f in intact.rglob('*') if f.is_file()))}, as {intact.name} does"
-    kept = f"{intact} is whole" if intact is not None else "there was no earlier checkpoint"
+    facts = f"The disk that holds {root} (mounted at {_mount(device)}) has {size(shutil.disk_usage(device).free)} free"
+    if written is not None and intact is not None:
+        facts += f"; a checkpoint needs about {size(sum(f.stat().st_size for f in intact.rglob('*') if f.is_file()))}"
+    elif written is not None:
+        facts += f"; a checkpoint needs more than the {size(written)} written before it failed"
+    kept = f"{intact} is whole" if intact is not None else "There was no earlier checkpoint"
     remedy = "Free space, or lower save_total_limit," if is_disk_failure(error) else "Mend that,"
     return RunFailedError(
-        f"{what} could not be written: {_reason(error)}. The disk that holds {root} (mounted at {_mount(device)}) has "
-        f"{size(free)} free; it needs {needed}. The half-written files are removed; {kept}. {remedy} "
-        "and give the same command with --resume_from_checkpoint latest"
+        f"{what} could not be written: {_reason(error)}. {facts}. {kept}. {remedy} and give the same command with "
+        "--resume_from_checkpoint latest"
     )
 
 

@@ -101,7 +101,8 @@ def _ended(run: Run, status: Status, reason: str, code: int) -> int:
     newest = checkpoints.latest(run.directory)
     if run.is_main:
         kept = f"{newest} is whole" if newest else "no checkpoint was written yet"
-        complain(f"{status}: {reason}\n{kept}; the same command with --resume_from_checkpoint latest goes on")
+        remedy = f"\n{kept}; the same command with --resume_from_checkpoint latest goes on"
+        complain(f"{status}: {reason}{'' if '--resume_from_checkpoint' in reason else remedy}")
         try:
             run.close(status, reason)
         except OSError as error:

@@ -4,6 +4,7 @@ Invariants: one strict JSON object a line, flushed as it is written; NaN and inf
 going on from a checkpoint cuts both files back to its step, so no step is there twice.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -65,7 +66,8 @@ class Metrics:
     def close(self) -> None:
         """Closes the file; what was written stays."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # on a full disk it tries once more to write what failed before
+                self._file.close()
             self._file = None
 
     def _checked(self, values: dict[str, Any], step: int) -> dict[str, Any]:
@@ -85,7 +87,7 @@ class Metrics:
     def _failure(self, error: OSError) -> RunFailedError:
         from llmrl.runs.checkpoints import latest
 
-        failure = as_disk_failure(error, self.directory, "a line of metrics", 0, latest(self.directory))
+        failure = as_disk_failure(error, self.directory, "a line of metrics", latest(self.directory))
         return failure or RunFailedError(str(error))
 
     @property

@@ -3,7 +3,7 @@
 Invariants: while steps are being trained a signal sets `run.interrupted` and the loop ends the step, saves, and raises
 RunInterruptedError; before training there is nothing to save, so it is raised at once; a later signal ends the process
 at once with 128 + its number. Launchers pass a signal on that the process may have got already from its group, so
-signals within `SAME_WISH` seconds of the first are the same wish.
+signals within `SAME_WISH` seconds of the first are the same wish. Forked workers die of a signal as ever.
 """
 
 import contextlib
@@ -29,9 +29,14 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         yield
         return
     first: list[float] = []
+    owner = os.getpid()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if os.getpid() != owner:  # a forked worker has this handler too, and its pool waits for it to die
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if first:
             if time.monotonic() - first[0] >= SAME_WISH:
                 if run.is_main:

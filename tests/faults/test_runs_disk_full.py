@@ -1,5 +1,6 @@
 """A disk that is really full, and a file size that is really limited: the checkpoint before stays whole."""
 
+import contextlib
 import json
 import os
 import resource
@@ -10,11 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from llmrl.errors import RunFailedError
-from llmrl.runs import checkpoints
+from llmrl.config import DataKeys, ModelKeys, OptimizationKeys, RunKeys
+from llmrl.errors import RefusedError, RunFailedError
+from llmrl.runs import Run, checkpoints
 from llmrl.runs.disk import is_disk_failure, size
 
 MEGABYTE = 1_000_000
+
+
+class Toy(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
+    """Toy."""
+
+
+def toy(directory: Path) -> Toy:
+    return Toy(model_name_or_path="m", dataset_name="d", learning_rate=1e-4, output_dir=str(directory))
 
 
 @pytest.fixture
@@ -73,7 +83,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_to_do(
     message = str(caught.value)
     assert "checkpoint step_4 could not be written" in message
     assert f"mounted at {small_disk}" in message
-    assert "it needs about 3.0 MB, as step_2 does" in message
+    assert "a checkpoint needs about 3.0 MB" in message
     assert f"{before} is whole" in message
     assert "--resume_from_checkpoint latest" in message
     assert names(small_disk) == ["step_2"]
@@ -84,7 +94,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_what_to_do(
 def test_once_there_is_room_the_same_step_can_be_written(small_disk: Path):
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"b" * 3 * MEGABYTE)
-    with pytest.raises(RunFailedError, match="there was no earlier checkpoint"):
+    with pytest.raises(RunFailedError, match=r"needs more than the .* There was no earlier checkpoint"):
         checkpoints.publish(small_disk, 1, plain(2 * MEGABYTE), {}, 1)
     ballast.unlink()
     assert checkpoints.latest(small_disk) is None
@@ -115,6 +125,41 @@ def test_a_run_on_a_disk_that_fills_up_fails_with_1_and_goes_on_once_there_is_ro
     assert again.returncode == 0, again.stderr
     assert json.loads((out / "summary.json").read_text())["status"] == "completed"
     assert json.loads((out / "final" / "total.json").read_text()) == 0.5 * 21
+
+
+def fill(disk: Path) -> None:
+    """Takes the last byte."""
+    with open(disk / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"b" * 4096)
+
+
+def test_a_disk_too_full_for_a_line_of_metrics_fails_the_run_in_words(small_disk: Path):
+    run = Run.open(toy(small_disk / "out"))
+    run.log(1, {"loss": 1.0})
+    fill(small_disk)
+
+    def log_on() -> None:
+        for step in range(2, 2000):
+            run.log(step, {"loss": 1.0})
+
+    with pytest.raises(RunFailedError, match="a line of metrics could not be written: No space left on device"), run:
+        log_on()
+    lines = (small_disk / "out" / "metrics.jsonl").read_text().split("\n")
+    assert all(json.loads(line) for line in lines[:-1])
+
+
+def test_a_read_only_disk_is_refused_before_anything_begins(small_disk: Path):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(RefusedError, match=r"output_dir .* cannot be used: Read-only file system"):
+        Run.open(toy(small_disk / "out"))
+
+
+def test_a_full_disk_is_refused_before_anything_begins(small_disk: Path):
+    fill(small_disk)
+    with pytest.raises(RefusedError, match=r"output_dir .* cannot be used: No space left on device"):
+        Run.open(toy(small_disk / "out"))
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 def test_a_limit_on_the_size_of_a_file_is_a_failure_of_the_disk_too(tmp_path: Path):

@@ -32,7 +32,7 @@ def write_for_ever(root: Path, first: int, said: int) -> None:
 
 
 def killed_writer(root: Path, first: int, seconds: float) -> int:
-    """The last step that a writer said it had published before it was killed; `first` - 1 where it came to none."""
+    """Starts a writer, kills it so long after its first checkpoint; the last step that it said it had published."""
     hear, said = os.pipe()
     child = os.fork()
     if child == 0:
@@ -42,30 +42,28 @@ def killed_writer(root: Path, first: int, seconds: float) -> int:
         finally:
             os._exit(1)
     os.close(said)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "the writer ended by itself"
     with os.fdopen(hear, "rb") as pipe:
-        words = pipe.read()
-    return int.from_bytes(words[-8:], "big") if words else first - 1
+        words = pipe.read(8)
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        words += pipe.read()
+    assert os.WIFSIGNALED(status), "the writer ended by itself"
+    return int.from_bytes(words[-8:], "big")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_latest_is_always_whole_and_not_older_than_promised(tmp_path: Path):
     moments = random.Random(11)
-    promised, first = 0, 1
+    first = 1
     for _ in range(KILLS):
-        promised = max(promised, killed_writer(tmp_path, first, moments.uniform(0.005, 0.06)))
+        promised = killed_writer(tmp_path, first, moments.uniform(0, 0.05))
         newest = checkpoints.latest(tmp_path)
-        if newest is None:
-            assert promised == 0
-            continue
+        assert newest is not None
         manifest = checkpoints.read_manifest(newest)
         step = manifest["step"]
         assert promised <= step <= promised + 1
         assert len(manifest["files"]) == FILES
         for name in manifest["files"]:
             assert (newest / name).read_bytes() == bytes([step % 251]) * (SIZE + step)
-        promised, first = step, step + 1
-    assert promised > KILLS // 2, "the writer never came far enough for the test to mean something"
+        first = step + 1

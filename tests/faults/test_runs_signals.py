@@ -91,6 +91,7 @@ def test_a_signal_before_the_first_step_is_answered_at_once(tmp_path: Path):
     resume(out)
 
 
+@pytest.mark.slow
 def test_the_same_wish_sent_twice_is_one_wish(tmp_path: Path):
     """A launcher passes on what the process has already got from its group."""
     out = tmp_path / "out"
@@ -104,6 +105,7 @@ def test_the_same_wish_sent_twice_is_one_wish(tmp_path: Path):
     resume(out)
 
 
+@pytest.mark.slow
 def test_a_later_signal_ends_at_once_with_its_own_code(tmp_path: Path):
     out = tmp_path / "out"
     with started(words(out, "--step_seconds", "0.3", "--end", "stuck", "--max_steps", "1000")) as process:
@@ -129,6 +131,7 @@ def test_killed_at_random_moments_it_always_goes_on_to_the_same_end(tmp_path: Pa
         resume(out)
 
 
+@pytest.mark.slow
 def test_killed_and_killed_again_while_going_on(tmp_path: Path):
     out = tmp_path / "out"
     for least in (2, 5, 8):
@@ -137,6 +140,27 @@ def test_killed_and_killed_again_while_going_on(tmp_path: Path):
             until(lambda least=least: logged(out) >= least)
             process.kill()
     resume(out)
+
+
+def test_forked_workers_die_of_the_signal_that_their_pool_sends(tmp_path: Path):
+    """Tokenisation forks workers while the handlers are in place, and ends them by SIGTERM."""
+    code = f"""
+import multiprocessing, sys, time
+sys.path.insert(0, {str(RECIPE.parent)!r})
+from toy_recipe import ToyConfig
+from llmrl.runs import Run
+from llmrl.runs.signals import stop_on_signals
+run = Run.open(ToyConfig(output_dir={str(tmp_path / "out")!r}))
+with stop_on_signals(run):
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    time.sleep(0.2)
+    worker.terminate()
+    worker.join(30)
+print(worker.exitcode, run.interrupted)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("-15 False", "")
 
 
 def test_a_reader_that_goes_away_stops_nothing(tmp_path: Path):

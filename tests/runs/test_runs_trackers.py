@@ -96,6 +96,7 @@ def test_a_tracker_that_fails_later_is_dropped_and_the_run_goes_on(
     assert "the tracker wandb failed and is left out from here on: the service is gone" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_curves_and_the_configuration(tmp_path: Path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -114,6 +115,7 @@ def test_tensorboard_gets_the_curves_and_the_configuration(tmp_path: Path):
     assert "learning_rate: 0.5" in next((out / "tensorboard" / "mine").glob("*/hparams.yml")).read_text()
 
 
+@pytest.mark.slow
 def test_trackio_gets_them_too(tmp_path: Path):
     pytest.importorskip("trackio")
     done = run_toy(
