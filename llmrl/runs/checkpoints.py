@@ -52,6 +52,7 @@ def begin(root: Path, step: int) -> Path:
         for leftover in path.parent.glob(".tmp_*"):
             shutil.rmtree(leftover, ignore_errors=True)
         path.mkdir()
+        sync(root)
     return path
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, pruned last, and read with suspicion."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,40 @@ def test_newer_ones_are_set_aside_and_not_deleted(tmp_path: Path):
     assert [path.name for path in moved] == ["step_4.superseded", "step_6.superseded"]
     assert checkpoints.latest(tmp_path) == tmp_path / "checkpoints" / "step_2"
     assert all(json.loads((path / "manifest.json").read_text()) for path in moved)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc to name what is synced")
+def test_every_file_is_on_the_disk_before_the_manifest_and_the_manifest_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What a power cut needs, and no kill of a process can show: the order of syncs and renames."""
+    publish(tmp_path, 2)
+    events: list[str] = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def name(path: str | Path) -> str:
+        return str(path).replace(str(tmp_path / "checkpoints"), "").replace("/.tmp_step_4", "tmp").lstrip("/") or "."
+
+    def recording_fsync(handle: int) -> None:
+        events.append(f"sync {name(os.readlink(f'/proc/self/fd/{handle}'))}")
+        fsync(handle)
+
+    def recording_rename(source: str, target: str) -> None:
+        events.append(f"name {name(target)}")
+        rename(source, target)
+
+    def recording_replace(source: str, target: str) -> None:
+        events.append(f"name {name(target)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "rename", recording_rename)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    publish(tmp_path, 4, keep=1)
+    order = [next(i for i, event in enumerate(events) if event.startswith(start)) for start in (
+        "sync tmp/deep/weights.bin", "sync tmp/deep", "sync tmp/.manifest.json.tmp", "name tmp/manifest.json",
+        "name step_4", "sync .", "name .tmp_removed_step_2",
+    )]  # fmt: skip
+    assert order == sorted(order), events
+    assert events.index("sync tmp/state.json") < events.index("name tmp/manifest.json")
+    assert "sync tmp" in events[events.index("name tmp/manifest.json") : events.index("name step_4")]
