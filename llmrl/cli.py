@@ -68,9 +68,13 @@ def model(words: Sequence[str]) -> None:
     """
     if len(words) != 1 or words[0].startswith("-"):
         raise RefusedError("name one model: llmrl model smollm2, or llmrl model starter")
-    from llmrl.models import resolve
+    from llmrl.models import BUNDLED
 
-    Console().say(resolve(words[0]))
+    if words[0] not in BUNDLED:
+        raise RefusedError(
+            f"`{words[0]}` is not one of {', '.join(BUNDLED)}; other models are named by hub id or folder"
+        )
+    Console().say(str(BUNDLED[words[0]](complain)))  # only the folder on standard output, so that a script can use it
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"check": check, "report": report, "model": model}

@@ -156,6 +156,7 @@ class Run:
         start = self.start_step if start is None else start
         if self.is_main:
             self._start()
+            self._trackers.start()
         tokens = self.metrics.last.get("num_tokens") if start else 0
         self._progress = Progress(self.console, total_steps, start, tokens)
         return self._progress

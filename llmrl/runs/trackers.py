@@ -1,7 +1,8 @@
 """Trackers (tensorboard, trackio, wandb ...) through accelerate's public classes.
 
-Invariants: a missing package is refused before anything expensive; trackers start at the first value logged, when the
-trainer has set accelerate up; a tracker that fails later is dropped with a word, it never stops the training.
+Invariants: a missing package is refused before anything expensive; trackers start when training does or the first value
+comes, as the trainer has set accelerate up by then; a tracker that fails later is dropped with a word and never stops
+the training.
 """
 
 import importlib.util
@@ -56,7 +57,7 @@ class Trackers:
         if not self._names:
             return
         known = {key: value for key, value in values.items() if value is not None}
-        for name, tracker in list(self._start().items()):
+        for name, tracker in list(self.start().items()):
             try:
                 tracker.log(known, step=step)
             except Exception as error:  # whatever a service answers, the training is worth more
@@ -71,7 +72,8 @@ class Trackers:
                 self._drop(name, error)
         self._started, self._names = None, []
 
-    def _start(self) -> dict[str, Any]:
+    def start(self) -> dict[str, Any]:
+        """Those that run, started if they are not yet. Raises RefusedError when one cannot be started."""
         if self._started is None:
             self._started = {}
             for name in self._names:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from llmrl.cli import run
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with the recipe `toy`, whose trainer is found as those of llmrl are."""
     (tmp_path / "toy_trainer.py").write_text(
         textwrap.dedent(
@@ -67,6 +68,7 @@ def test_each_command_explains_itself(capsys: pytest.CaptureFixture[str]):
         (["report", "a", "b"], "name one run directory"),
         (["report", "/nonexistent/run"], "is not a run directory"),
         (["model"], "llmrl model smollm2"),
+        (["model", "gpt2"], "`gpt2` is not one of smollm2"),
         (["check"], "name a recipe or a YAML file"),
         (["check", "--seed", "1"], "name a recipe or a YAML file"),
     ],
@@ -120,6 +122,20 @@ def test_report_prints_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureF
     assert run(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert (tmp_path / "report.html").exists()
+
+
+def test_model_prints_the_folder_alone_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fetch(say: Callable[[str], None]) -> Path:
+        say("fetching 98 MB")
+        return Path("/cache/smollm2")
+
+    monkeypatch.setattr("llmrl.models.BUNDLED", {"smollm2": fetch})
+    assert run(["model", "smollm2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "/cache/smollm2\n"
+    assert "fetching 98 MB" in shown.err
 
 
 def test_as_a_module_it_is_the_command():

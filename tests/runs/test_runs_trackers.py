@@ -137,3 +137,13 @@ def test_a_tracker_that_cannot_start_is_refused_and_leaves_nothing(tmp_path: Pat
     assert "the tracker tensorboard could not be started" in done.stderr
     assert "take it out of report_to" in done.stderr
     assert [path.name for path in out.iterdir()] == ["tensorboard"]
+
+
+def test_trackers_start_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    started: list[str] = []
+    monkeypatch.setattr(trackers, "_installed", lambda module: True)
+    monkeypatch.setattr(trackers.Trackers, "_make", lambda self, name: started.append(name) or Fake())
+    with Run.open(toy(tmp_path / "out", "wandb")) as run:
+        assert started == []
+        with run.progress(3):
+            assert started == ["wandb"]
