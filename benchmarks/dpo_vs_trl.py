@@ -1,0 +1,198 @@
+"""DPO in llmrl and in TRL's DPOTrainer: time, memory and losses on the same model, pairs and batches.
+
+    python benchmarks/dpo_vs_trl.py            all cells; about 40 minutes on two cores
+    python benchmarks/dpo_vs_trl.py --quick    two small cells, under two minutes
+
+Every measurement is a process of its own (`worker.py`); toolkits take turns, and a ratio is between measurements of the
+same round. TRL runs twice: as installed, and with its head's row selection forced on for the CPU, as a GPU run has it.
+Fails when the losses or the token ids of the toolkits differ.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import document
+import measuring
+import workloads
+from workloads import Cell
+
+TOOLKITS = ("llmrl", "trl", "trl_selecting")
+TOLERANCE = 1e-5
+TIMEOUT_SECONDS = 1800
+SHAPES = ("long prompt", "short prompt", "ragged")
+QUICK = [Cell(4096, "long prompt", True, steps=2), Cell(4096, "ragged", False, steps=2)]
+FULL = [
+    *(Cell(vocabulary, shape, True) for vocabulary in (4096, 32768, 131072) for shape in SHAPES),
+    *(Cell(vocabulary, "long prompt", False) for vocabulary in (4096, 32768, 131072)),
+    *(Cell(32768, shape, False) for shape in SHAPES[1:]),
+    *(Cell(0, shape, True, pairs_per_step=4, steps=2) for shape in ("few-shot", "question")),
+    Cell(0, "few-shot", False, pairs_per_step=4, steps=2),
+]
+Measurements = list[dict[str, Any]]
+"""By round: what each toolkit's worker found, under the toolkit's name."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two small cells")
+    parser.add_argument("--cells", default="", help="only cells whose name contains this, such as '32k, ragged'")
+    parser.add_argument("--rounds", type=int, default=0, help="measurements of each toolkit a cell (3; with --quick 1)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each process (all cores)")
+    parser.add_argument("--document", type=Path, default=document.DOCUMENT, help="where the tables go")
+    arguments = parser.parse_args()
+    cells = [cell for cell in (QUICK if arguments.quick else FULL) if arguments.cells in cell.name]
+    if not cells:
+        parser.error(f"no cell's name contains {arguments.cells!r}; there are: {'; '.join(c.name for c in FULL)}")
+    rounds = arguments.rounds or (1 if arguments.quick else 3)
+    loads, results = [os.getloadavg()[0]], []
+    with tempfile.TemporaryDirectory(prefix="llmrl_benchmark_") as scratch:
+        for cell in sorted(cells, key=lambda cell: cell.vocabulary):
+            results.append((cell, measured(cell, Path(scratch), rounds, arguments.threads)))
+            loads.append(os.getloadavg()[0])
+            check_equal(*results[-1])
+    text = report(results, rounds, arguments.threads, loads)
+    document.write_section(arguments.document, "dpo_vs_trl", text)
+    print(text)
+
+
+def measured(cell: Cell, scratch: Path, rounds: int, threads: int) -> Measurements:
+    """All toolkits in turn, `rounds` times."""
+    folder = scratch / str(cell.vocabulary)
+    folder.mkdir(exist_ok=True)
+    workloads.build(cell, folder)
+    found: Measurements = []
+    for number in range(1, rounds + 1):
+        found.append({})
+        for toolkit in TOOLKITS:
+            began = time.perf_counter()
+            found[-1][toolkit] = one = _in_own_process(cell, folder, toolkit, threads)
+            workloads.clear(folder)
+            print(
+                f"{cell.name}: round {number}, {toolkit}: {one['cpu_seconds']:.2f} CPU s, {one['wall_seconds']:.2f} s, "
+                f"{one['extra_mb']:.0f} MB (process: {time.perf_counter() - began:.0f} s)",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    return found
+
+
+def _in_own_process(cell: Cell, folder: Path, toolkit: str, threads: int) -> dict[str, Any]:
+    specification, result = folder / "specification.json", folder / "result.json"
+    specification.write_text(json.dumps({"cell": cell.to_dict(), "folder": str(folder), "toolkit": toolkit}))
+    result.unlink(missing_ok=True)
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }  # fmt: skip
+    command = [sys.executable, str(root / "benchmarks" / "worker.py"), str(specification), str(result)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    if process.returncode != 0 or not result.exists():
+        sys.exit(f"{cell.name}, {toolkit}: exit code {process.returncode}\n{process.stdout}\n{process.stderr}")
+    return dict(json.loads(result.read_text()))
+
+
+def check_equal(cell: Cell, found: Measurements) -> None:
+    """Ends the benchmark unless all toolkits trained on the same token ids and had the same loss at every step."""
+    for number, one in enumerate(found, 1):
+        ours = one["llmrl"]
+        for toolkit in TOOLKITS[1:]:
+            theirs = one[toolkit]
+            if ours["pairs"] != theirs["pairs"]:
+                sys.exit(f"{cell.name}, round {number}: llmrl and {toolkit} trained on different token ids")
+            if len(ours["losses"]) != cell.steps or len(theirs["losses"]) != cell.steps:
+                sys.exit(f"{cell.name}: {ours['losses']} and {theirs['losses']} are not {cell.steps} losses each")
+            if _difference(ours["losses"], theirs["losses"]) > TOLERANCE:
+                sys.exit(
+                    f"{cell.name}, round {number}: the losses of llmrl and {toolkit} differ by more than {TOLERANCE}: "
+                    f"{ours['losses']}, {theirs['losses']}"
+                )
+
+
+def _difference(ours: list[float], theirs: list[float]) -> float:
+    """Largest absolute difference; infinite if anything is not a number."""
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    return math.inf if any(not math.isfinite(d) for d in differences) else max(differences)
+
+
+def report(results: list[tuple[Cell, Measurements]], rounds: int, threads: int, loads: list[float]) -> str:
+    """The section of the document: conditions, speed, memory, losses."""
+    packages = ("torch", "transformers", "accelerate", "peft", "trl")
+    parts = [
+        "## DPO: llmrl and TRL's DPOTrainer",
+        f"`{document.command()}`, {measuring.today()}. {measuring.hardware()}; {threads} thread(s) a process; load average "
+        f"between cells {min(loads):.1f} to {max(loads):.1f}. {measuring.versions(*packages)}.",
+        EXPLANATION.format(rounds=rounds),
+        "### Speed",
+        document.table(SPEED_HEADER, [_speed(cell, found) for cell, found in results]),
+        "### Memory and losses",
+        document.table(MEMORY_HEADER, [_memory(cell, found) for cell, found in results]),
+    ]
+    return "\n\n".join(parts)
+
+
+EXPLANATION = """\
+Each figure is the median of the rounds ({rounds}), in brackets the lowest and the highest. A step is the time from the
+loaded model to the end of training, divided by the number of steps: reference log-probabilities (TRL: in every step;
+llmrl: ahead of training for full tuning, in every step for LoRA), forward, backward, update and logging are all in it.
+CPU seconds are those of all threads of the process.
+
+*TRL* is DPOTrainer as installed with the settings of a CPU user: float32, `use_cpu`, no gradient checkpointing (its
+default, which saves memory for about a third more time, is off), the reference made within the step, losses logged at
+every step as llmrl does. *TRL, rows selected* is the same with the row selection of its fused head forced on, which it
+otherwise has on GPUs only. Both toolkits have the whole batch in one micro-batch. Of extra memory, the peak above the
+loaded policy, the second copy of the weights that TRL keeps as the reference for full tuning is a part.
+
+The *token bound* is the slots that TRL computes (padding and repeated prompts included) over the tokens that llmrl
+computes: the gain over *TRL, rows selected* if every token cost the same."""
+
+SPEED_HEADER = [
+    "vocabulary, shape, tuning", "token bound", "llmrl: CPU s a step", "llmrl: tokens a CPU s", "TRL / llmrl, CPU",
+    "TRL / llmrl, wall", "TRL, rows selected / llmrl, CPU", "TRL, rows selected / llmrl, wall",
+]  # fmt: skip
+MEMORY_HEADER = [
+    "vocabulary, shape, tuning", "llmrl: extra MB", "TRL: extra MB", "TRL, rows selected: extra MB", "llmrl / TRL",
+    "llmrl / TRL, rows selected", "first and last loss", "largest difference of a loss",
+]  # fmt: skip
+
+
+def _speed(cell: Cell, found: Measurements) -> list[str]:
+    ours, theirs = found[0]["llmrl"], found[0]["trl"]
+    cpu = median(one["llmrl"]["cpu_seconds"] for one in found)
+    return [
+        cell.name,
+        f"{theirs['slots'] / ours['computed_tokens']:.2f}",
+        f"{cpu / cell.steps:.2f}",
+        f"{theirs['real_tokens'] / cpu:.0f}",
+        *(_ratios(found, t, "llmrl", f) for t in TOOLKITS[1:] for f in ("cpu_seconds", "wall_seconds")),
+    ]
+
+
+def _memory(cell: Cell, found: Measurements) -> list[str]:
+    losses = found[0]["llmrl"]["losses"]
+    apart = max(_difference(one["llmrl"]["losses"], one[t]["losses"]) for one in found for t in TOOLKITS[1:])
+    return [
+        cell.name,
+        *(f"{median(one[t]['extra_mb'] for one in found):.0f}" for t in TOOLKITS),
+        *(_ratios(found, "llmrl", t, "extra_mb") for t in TOOLKITS[1:]),
+        f"{losses[0]:.4f}, {losses[-1]:.4f}",
+        f"{apart:.1e}",
+    ]
+
+
+def _ratios(found: Measurements, above: str, below: str, figure: str) -> str:
+    """Median, lowest and highest ratio of a figure between two toolkits in the same round."""
+    ratios = sorted(one[above][figure] / one[below][figure] for one in found)
+    return f"{median(ratios):.2f} [{ratios[0]:.2f}-{ratios[-1]:.2f}]"
+
+
+if __name__ == "__main__":
+    main()
