@@ -123,7 +123,7 @@ def test_everything_that_is_missing_is_said_at_once_and_nothing_is_touched(check
     assert result.returncode == 2
     assert "too old" in result.stderr
     assert "was not made by launch/install" in result.stderr
-    assert re.search(r"12 GB are needed on the disk of \S+ \(the environment\), 1\.2 GB are free", result.stderr)
+    assert re.search(r"8 GB are needed on the disk of \S+ \(the environment\), 1\.2 GB are free", result.stderr)
     assert "TMPDIR" in result.stderr
     assert "no C++ compiler" in result.stdout
     assert [path.name for path in foreign.iterdir()] == ["somebody.txt"]
@@ -151,6 +151,15 @@ def test_a_package_that_cannot_be_had_ends_with_the_log_and_nothing_half_made(ch
     second = install(checkout, tools, "cpu", **offline)
     assert second.returncode == 1
     assert not leftover.exists(), "an attempt after a failed one starts afresh"
+
+
+def test_a_whole_environment_is_recognised_without_any_other_python(tools: Path) -> None:
+    if not (Path(sys.prefix) / "install.stamp").exists():
+        pytest.skip(f"{sys.prefix} was not made by launch/install")
+    # Nothing on PATH could install: were the environment not up to date, this would be refused.
+    result = install(ROOT, tools, LLMRL_VENV=sys.prefix)
+    assert result.returncode == 0, f"pyproject.toml or the lock changed: run launch/install. {result.stderr}"
+    assert "is up to date" in result.stdout
 
 
 def test_arguments_that_launch_test_does_not_know_are_refused() -> None:
