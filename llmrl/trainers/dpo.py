@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.config import DataKeys, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
+from llmrl.config import DataKeys, Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -41,7 +41,7 @@ class DPOConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
     """Where the reference's log-probabilities come from; auto: adapter_off with use_peft, else precomputed at first."""
     form: Literal["auto", "tree", "padded"] = "auto"
     """Forward pass: prefix trees (a pair's prompt is computed once) or padded rows; auto: the tree where it works."""
-    task_evaluation: TaskEvaluationKeys | None = None
+    task_evaluation: Annotated[TaskEvaluationKeys | None, Housekeeping()] = None
     """Greedy accuracy on problems with known answers, beside the preference accuracy."""
 
     @model_validator(mode="after")
