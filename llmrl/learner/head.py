@@ -6,8 +6,8 @@ With logits z = f(W h + b), f the model's own scaling or soft-cap divided by the
     H_n     = logsumexp(z_n) - sum_v p_nv z_nv           d H_n / d z_n     = -p_n (log p_n + H_n)
 
 Both Jacobians are known in the forward pass, before anyone knows the upstream gradient g_n, one number per token. So
-the forward keeps u_n = W^T f'(.) (onehot - p_n), [N, hidden], and the backward is g_n u_n: with a frozen head nothing is
-computed twice. A trainable head recomputes its logits chunk by chunk in the backward, for the weight's gradient only.
+the forward keeps u_n = W^T f'(.) (onehot - p_n), [N, hidden], and the backward is g_n u_n: with a frozen head nothing
+is computed twice. A trainable one recomputes its logits chunk by chunk in the backward, for the weight's gradient only.
 """
 
 import types

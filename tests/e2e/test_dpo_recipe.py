@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from support.dpo_run import environment, final_weights, launch, launch_command, metrics, write_config
 
 pytestmark = pytest.mark.slow

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.dpo_run import make_pairs, write_config
 from transformers import AutoTokenizer
 
 from llmrl.runs.launch import run_command
 from llmrl.trainers.dpo import DPOConfig, describe, train
-from support.dpo_run import make_pairs, write_config
 
 
 def run(config: Path, *arguments: str) -> int:
@@ -46,7 +46,11 @@ def test_no_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     config = write_config(tmp_path)
     (tmp_path / "model" / "chat_template.jinja").unlink()
     message = [{"role": "user", "content": "one"}]
-    row = {"prompt": message, "chosen": [{"role": "assistant", "content": "red"}], "rejected": [{"role": "assistant", "content": "dog"}]}
+    row = {
+        "prompt": message,
+        "chosen": [{"role": "assistant", "content": "red"}],
+        "rejected": [{"role": "assistant", "content": "dog"}],
+    }
     (tmp_path / "pairs.jsonl").write_text((json.dumps(row) + "\n") * 20)
     assert "chat template" in refusal(capsys, config)
 
@@ -105,14 +109,18 @@ def test_another_run_in_the_directory_and_changed_data(tmp_path: Path, capsys: p
     assert "dataset has changed" in refusal(capsys, config, "--resume_from_checkpoint", "latest")
 
 
-def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here (needs root)")
     try:
-        config = write_config(tmp_path, output_dir=str(small / "run"), save_steps=1, save_total_limit=None, max_steps=20)
+        config = write_config(
+            tmp_path, output_dir=str(small / "run"), save_steps=1, save_total_limit=None, max_steps=20
+        )
         assert run(config) == 1
         message = capsys.readouterr().err
         assert "checkpoint" in message

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from support.groups import branching_group, random_pairs
+from support.models import make_tiny_model
 from transformers import PreTrainedModel
 
 from llmrl.errors import RefusedError
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.policy import Policy
 from llmrl.objectives.dpo import DPO
-from support.groups import branching_group, random_pairs
-from support.models import make_tiny_model
 
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -35,7 +35,9 @@ def learner_for(model: PreTrainedModel, said: list[str] | None = None, **options
     return Learner(model, LearnerOptions(**options), Accelerator(cpu=True), (said if said is not None else []).append)
 
 
-@pytest.mark.parametrize(("kind", "settings"), ARCHITECTURES, ids=[f"{k}-{i}" for i, (k, _) in enumerate(ARCHITECTURES)])
+@pytest.mark.parametrize(
+    ("kind", "settings"), ARCHITECTURES, ids=[f"{k}-{i}" for i, (k, _) in enumerate(ARCHITECTURES)]
+)
 def test_tree_equals_the_models_own_forward(kind: str, settings: dict[str, Any], draw: np.random.Generator) -> None:
     model = make_tiny_model(kind, **settings)
     groups = [branching_group(draw), *random_pairs(draw, 2)]

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from support.groups import random_pairs
+from support.models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from llmrl.config import ModelKeys
@@ -18,8 +20,6 @@ from llmrl.learner.loading import add_lora
 from llmrl.learner.policy import Policy
 from llmrl.objectives.dpo import DPO
 from llmrl.objectives.scored import Objective
-from support.groups import random_pairs
-from support.models import make_tiny_model
 
 DPO_LOSS = DPO().objective()
 
@@ -44,7 +44,10 @@ def test_a_policy_changed_in_memory_starts_at_ln_2_against_itself(kind: str, dra
     pairs = random_pairs(draw, 6)
     if kind == "precomputed":
         known = learner.logprobs(pairs)
-        pairs = [tuple(replace(s, reference_logprobs=k) for s, k in zip(g, ks, strict=True)) for g, ks in zip(pairs, known, strict=True)]
+        pairs = [
+            tuple(replace(s, reference_logprobs=k) for s, k in zip(g, ks, strict=True))
+            for g, ks in zip(pairs, known, strict=True)
+        ]
     metrics = learner.update(pairs, DPO_LOSS)
     assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert metrics["rewards/margins"] == 0.0
@@ -57,7 +60,9 @@ def test_the_reference_stays_where_the_policy_started(draw: np.random.Generator)
         before = learner.logprobs(pairs)
         for _ in range(3):
             learner.update(pairs, DPO_LOSS)
-        for was, still, now in zip(before, learner.logprobs(pairs, of_reference=True), learner.logprobs(pairs), strict=True):
+        for was, still, now in zip(
+            before, learner.logprobs(pairs, of_reference=True), learner.logprobs(pairs), strict=True
+        ):
             np.testing.assert_array_equal(was[0], still[0])
             assert np.abs(was[0] - now[0]).max() > 1e-3
 

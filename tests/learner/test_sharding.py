@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
 from support import distributed
 from support.models import make_tiny_model
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "support" / "distributed.py"
@@ -95,7 +94,9 @@ def test_two_processes_equal_one(tmp_path: Path, launcher: str, settings: dict[s
     assert spread["weights"].keys() == alone["weights"].keys()
     for name, weight in spread["weights"].items():
         assert weight.shape == alone["weights"][name].shape
-    exported = AutoModelForCausalLM.from_pretrained(model if settings.get("use_peft") else tmp_path / "spread" / "final")
+    exported = AutoModelForCausalLM.from_pretrained(
+        model if settings.get("use_peft") else tmp_path / "spread" / "final"
+    )
     if settings.get("use_peft"):
         from peft import PeftModel
 

@@ -7,24 +7,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from support.models import make_tiny_model
+from support.words import WORDS, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.sequences import completion
 from llmrl.objectives.dpo import DPO
-from support.models import make_tiny_model
-from support.words import word_tokenizer
 
 STEPS, PAIRS_PER_STEP, RATE = 3, 4, 1e-3
 
 
 def text_pairs() -> Dataset:
-    words = "red green blue one two three four five six seven the a cat dog sees likes".split()
     generator = torch.Generator().manual_seed(0)
 
     def sentence(low: int, high: int) -> str:
         length = int(torch.randint(low, high, (1,), generator=generator))
-        return " ".join(words[int(i)] for i in torch.randint(0, len(words), (length,), generator=generator))
+        return " ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (length,), generator=generator))
 
     rows = [
         {"prompt": sentence(3, 15), "chosen": " " + sentence(1, 9), "rejected": " " + sentence(2, 12)}
@@ -71,7 +70,8 @@ def test_losses_equal_trl(tmp_path: Path, theirs: dict[str, Any], ours: dict[str
     for step, line in enumerate(expected):
         batch = rows.select(range(step * PAIRS_PER_STEP, (step + 1) * PAIRS_PER_STEP))
         groups = [
-            (completion(r["prompt_ids"], r["chosen_ids"]), completion(r["prompt_ids"], r["rejected_ids"])) for r in batch
+            (completion(r["prompt_ids"], r["chosen_ids"]), completion(r["prompt_ids"], r["rejected_ids"]))
+            for r in batch
         ]
         metrics = learner.update(groups, objective)
         assert metrics["loss"] == pytest.approx(line["loss"], rel=1e-5, abs=1e-6)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from support.groups import random_pairs
 
 from llmrl.config import ModelKeys
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.loading import load_model
 from llmrl.learner.sharding import build_accelerator
 from llmrl.objectives.dpo import DPO
-from support.groups import random_pairs
 
 
 def build(settings: dict[str, Any]) -> Learner:
@@ -58,7 +58,9 @@ def run(settings: dict[str, Any]) -> None:
     groups = random_pairs(np.random.default_rng(3), 7)
     if learner.reference_kind == "precomputed":
         # A reference that is not the policy, so that the pairs weigh differently.
-        groups = [tuple(replace(s, reference_logprobs=np.full(s.num_scored, -4.0, np.float32)) for s in g) for g in groups]
+        groups = [
+            tuple(replace(s, reference_logprobs=np.full(s.num_scored, -4.0, np.float32)) for s in g) for g in groups
+        ]
     apply, gradients = learner.backend.apply, {}
 
     def spied() -> float:
@@ -83,7 +85,12 @@ def run(settings: dict[str, Any]) -> None:
     learner.export(out / "final")
     if learner.accelerator.is_main_process:
         torch.save({"gradients": gradients, "weights": resumed, "logprobs": scored}, out / "result.pt")
-        facts = {"metrics": metrics, "form": learner.form, "exact_resume": exact, "kind": type(learner.backend.model).__name__}
+        facts = {
+            "metrics": metrics,
+            "form": learner.form,
+            "exact_resume": exact,
+            "kind": type(learner.backend.model).__name__,
+        }
         (out / "facts.json").write_text(json.dumps(facts))
 
 

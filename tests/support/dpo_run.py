@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from support.models import make_tiny_model
 from support.words import WORDS, word_tokenizer
 

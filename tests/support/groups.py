@@ -7,7 +7,9 @@ from llmrl.learner.sequences import Group, completion
 VOCABULARY = 97
 
 
-def random_pairs(draw: np.random.Generator, count: int, longest_prompt: int = 40, longest_completion: int = 20) -> list[Group]:
+def random_pairs(
+    draw: np.random.Generator, count: int, longest_prompt: int = 40, longest_completion: int = 20
+) -> list[Group]:
     """Pairs of ragged lengths that share their prompts."""
 
     def tokens(low: int, high: int) -> np.ndarray:
@@ -16,7 +18,9 @@ def random_pairs(draw: np.random.Generator, count: int, longest_prompt: int = 40
     pairs = []
     for _ in range(count):
         prompt = tokens(2, longest_prompt)
-        pairs.append((completion(prompt, tokens(1, longest_completion)), completion(prompt, tokens(1, longest_completion))))
+        pairs.append(
+            (completion(prompt, tokens(1, longest_completion)), completion(prompt, tokens(1, longest_completion)))
+        )
     return pairs
 
 

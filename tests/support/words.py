@@ -3,7 +3,8 @@
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "red green blue one two three four five six seven the a cat dog sees likes".split()
+FIRST = ["red", "green", "blue", "one", "two", "three"]
+WORDS = [*FIRST, "four", "five", "six", "seven", "the", "a", "cat", "dog", "sees", "likes"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }} {{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant {% endif %}"
