@@ -5,14 +5,18 @@ and evaluate only when our callback asks (llmrl.trainers.supervised); they draw 
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
+from huggingface_hub import constants
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers.utils import logging
 
 from llmrl.config import ModelKeys, OptimizationKeys, RunKeys
+from llmrl.runs import ranks
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -54,7 +58,7 @@ def training_arguments(
         "fp16": mixed_precision == "fp16",
         # Under DeepSpeed accelerate would run plain DDP if told to use the CPU; the launch files hide the GPUs instead.
         "use_cpu": on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true",
-        "ddp_backend": "gloo" if on_cpu else None,
+        "ddp_backend": "gloo" if on_cpu and ranks.world_size() > 1 else None,  # one process alone must not name one
         "logging_steps": run.logging_steps,
         "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen
         "include_num_input_tokens_seen": "non_padding",
@@ -74,13 +78,13 @@ def sft_trainer(
     arguments: dict[str, Any],
 ) -> "Trainer":
     """An SFTTrainer; `arguments` as of `training_arguments`, with SFTConfig's own."""
-    _no_telemetry()
+    _quieten()
     from trl import SFTConfig, SFTTrainer
 
     trainer = SFTTrainer(
         model=model, args=SFTConfig(**arguments), train_dataset=train, eval_dataset=heldout, processing_class=tokenizer
     )
-    return _quiet(trainer)
+    return _without_printers(trainer)
 
 
 def reward_trainer(
@@ -90,23 +94,24 @@ def reward_trainer(
     arguments: dict[str, Any],
 ) -> "Trainer":
     """A RewardTrainer on tokenised pairs (columns `chosen_ids`, `rejected_ids`); held-out pairs are scored by us."""
-    _no_telemetry()
+    _quieten()
     from trl import RewardConfig, RewardTrainer
 
     trainer = RewardTrainer(
         model=model, args=RewardConfig(**arguments), train_dataset=train, processing_class=tokenizer
     )
-    return _quiet(trainer)
+    return _without_printers(trainer)
 
 
-def _no_telemetry() -> None:
-    """TRL reports each trainer that is built to its authors; a run of ours tells nobody."""
-    from huggingface_hub import constants
-
+def _quieten() -> None:
+    """No report of the trainer to TRL's authors, and progress bars of the data only where somebody watches."""
     constants.HF_HUB_DISABLE_TELEMETRY = True
+    logging.disable_progress_bar()
+    if not (ranks.is_main() and sys.stderr.isatty()):
+        disable_progress_bars()
 
 
-def _quiet(trainer: "Trainer") -> "Trainer":
+def _without_printers(trainer: "Trainer") -> "Trainer":
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
