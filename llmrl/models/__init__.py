@@ -6,18 +6,11 @@ from pathlib import Path
 
 from llmrl.errors import RefusedError
 from llmrl.models.smollm2 import HUB_ID, smollm2
+from llmrl.models.starter import starter
 
 __all__ = ["BUNDLED", "resolve", "smollm2", "starter"]
 
 Say = Callable[[str], None]
-
-
-def starter(say: Say = print) -> Path:
-    """The folder of the starter model, trained from scratch on first use; see `llmrl.models.starter`."""
-    from llmrl.models import starter as module  # it trains, so it needs torch and more
-
-    return module.starter(say)
-
 
 BUNDLED: dict[str, Callable[[Say], Path]] = {"smollm2": smollm2, HUB_ID: smollm2, "starter": starter}
 

@@ -56,7 +56,10 @@ TRAINING: dict[str, Any] = {
     "seed": 1,
 }
 PROBLEMS = {"dataset_test_split": "validation", "limit": 200, "max_new_tokens": 64, "batch_size": 200}
-RECIPE = "from llmrl.runs import main; from llmrl.trainers.sft import *; main(SFTConfig, describe, train)"
+RECIPE = (
+    "from llmrl.runs import main; from llmrl.trainers.sft import SFTConfig, describe, train; "
+    "main(SFTConfig, describe, train)"
+)
 # A launcher's variables: the process that trains the starter is alone, whatever this one belongs to.
 LAUNCHER = (
     "ACCELERATE_",

@@ -27,7 +27,7 @@ from llmrl.runs import Run, checkpoints
 
 SCRATCH = ".trl"  # beside the published checkpoints, on the same file system, so that publishing is a rename
 NOT_PUBLISHED = ("training_args.bin", "README.md")
-# What TRL or transformers add to a step's metrics and we count ourselves (a resumed run begins these at 0) or not at all.
+# What TRL and transformers add to a step's metrics and a resumed run would begin again at 0.
 NOT_LOGGED = ("num_tokens", "num_input_tokens_seen", "epoch", "train_runtime", "train_tokens_per_second")
 
 Metrics = dict[str, float]
