@@ -48,7 +48,14 @@ def write_report(run_dir: Path) -> Path:
 def page_text(run: RunData) -> str:
     """The page as HTML."""
     title = run.directory.resolve().name
-    parts = (_header(run, title), _evaluations(run), _curves(run), _samples(run.samples), _background(run))
+    parts = (
+        _header(run, title),
+        _stages(run.stages),
+        _evaluations(run),
+        _curves(run),
+        _samples(run.samples),
+        _background(run),
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -84,6 +91,18 @@ def _header(run: RunData, title: str) -> str:
     reason = f'<p class="reason">{escape(str(summary["reason"]))}</p>' if summary.get("reason") else ""
     badge = f'<span class="status {escape(status) or "unknown"}">{escape(shown)}</span>'
     return f'<header><h1>{escape(title)}</h1>{badge}</header>{reason}<dl class="facts">{entries}</dl>'
+
+
+def _stages(stages: list[tuple[str, Measured]]) -> str:
+    """The accuracy after each stage of a job that has several, in their order."""
+    rows = "".join(
+        f'<tr><td>{escape(label)}</td><td class="number">{_cell("accuracy", accuracy)}</td>'
+        f'<td class="range">{_range(accuracy, None)}</td></tr>'
+        for label, accuracy in stages
+    )
+    head = '<th>stage</th><th class="number">accuracy</th><th>95% interval</th>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<h2>Stages</h2><div class="card scroll">{table}</div>' if rows else ""
 
 
 def _evaluations(run: RunData) -> str:

@@ -57,6 +57,7 @@ class RunData:
     lines: list[dict[str, Any]]
     evaluations: list[tuple[int, str, dict[str, Measured]]]
     samples: list[Sample]
+    stages: list[tuple[str, Measured]]
     notes: str
     error: str
 
@@ -74,6 +75,7 @@ def read_run(directory: Path) -> RunData:
         lines=[line for line in read_lines(directory / "metrics.jsonl") if number(line.get("step")) is not None],
         evaluations=_evaluations(read_json(directory / "evals.json", [])),
         samples=_samples(read_json(directory / "samples.json", [])),
+        stages=_stages(read_json(directory / "stages.json", [])),
         notes=_text(directory / "notes.log"),
         error=_text(directory / "error.log") if summary.get("status") == "failed" else "",
     )
@@ -133,6 +135,16 @@ def _evaluations(stored: Any) -> list[tuple[int, str, dict[str, Measured]]]:
         if isinstance(item, dict) and number(item.get("step")) is not None and isinstance(item.get("metrics"), dict):
             found.append((int(item["step"]), str(item.get("name", "")), _measured(item["metrics"])))
     return sorted(found, key=lambda entry: entry[0])
+
+
+def _stages(stored: Any) -> list[tuple[str, Measured]]:
+    """`[{"label": ..., "metrics": {"accuracy": ..., ...}}, ...]`: one accuracy for each stage of a longer job."""
+    found = []
+    for item in stored if isinstance(stored, list) else []:
+        if isinstance(item, dict) and isinstance(item.get("metrics"), dict):
+            accuracy = _measured(item["metrics"]).get("accuracy")
+            found += [(str(item.get("label", "")), accuracy)] if accuracy else []
+    return found
 
 
 def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:

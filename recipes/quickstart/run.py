@@ -1,0 +1,200 @@
+"""The quickstart: SFT, then DPO on the tuned model's own answers, and what each brought on held-out problems.
+
+    launch/quickstart [--preset laptop|tiny] [--output_dir DIR]
+
+It only runs the project's own commands, one after the other, and shows them; given again, it goes on where it was
+stopped.
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llmrl import models
+from llmrl.errors import RefusedError
+from llmrl.runs.report import write_report
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+SAMPLING = {
+    "laptop": ["--max_problems", "320", "--num_pairs", "160", "--samples_per_prompt", "8"],
+    "tiny": ["--max_problems", "800", "--num_pairs", "480", "--samples_per_prompt", "8", "--max_new_tokens", "64"],
+}
+SHOWN = 3
+Metrics = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--preset", choices=("laptop", "tiny"), default="laptop", help="SmolLM2-135M, or a small starter"
+    )
+    parser.add_argument("--output_dir", type=Path, help="default: runs/quickstart-PRESET")
+    args = parser.parse_args()
+    console, began = Console(), time.monotonic()
+
+    preset = available_preset(args.preset, console)
+    out = output_directory(args.output_dir or ROOT / "runs" / f"quickstart-{preset}", console)
+    sft, pairs, dpo = out / "sft", out / "pairs.jsonl", out / "dpo"
+    recipe(console, "1/3 supervised fine-tuning on worked answers", "sft", preset, sft)
+    if not pairs.exists():
+        script = [str(HERE / "sample_pairs.py"), "--model", str(sft / "final"), "--output", str(pairs)]
+        problems = ["--problems", str(ROOT / "data/arithmetic/problems")]
+        run(console, "2/3 the tuned model's own right and wrong answers", [*script, *problems, *SAMPLING[preset]])
+    changes = ["--model_name_or_path", str(sft / "final"), "--dataset_name", str(pairs)]
+    recipe(console, "3/3 DPO on them", "dpo", preset, dpo, *changes)
+    return conclude(console, out, sft, dpo, time.monotonic() - began)
+
+
+def available_preset(preset: str, console: Console) -> str:
+    """`laptop` where SmolLM2 can be had, else `tiny`, aloud."""
+    if preset == "laptop":
+        try:
+            models.smollm2(console.print)
+        except RefusedError as error:
+            console.print(f"[bold]SmolLM2 cannot be had here, so the starter model takes its place:[/] {error}")
+            return "tiny"
+    return preset
+
+
+def output_directory(out: Path, console: Console) -> Path:
+    """The directory itself, or the next free name beside one that holds a finished quickstart."""
+    number, chosen = 2, out
+    while (chosen / "summary.json").exists():
+        chosen, number = out.with_name(f"{out.name}-{number}"), number + 1
+    if chosen != out:
+        console.print(f"{out} holds a finished quickstart; this one goes to {chosen}")
+    chosen.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+def recipe(console: Console, title: str, method: str, preset: str, out: Path, *changes: str) -> None:
+    """One training run, by the command that anyone would give; skipped where it is done."""
+    if read_json(out / "summary.json").get("status") == "completed":
+        console.print(f"{title}: done before, in {out}")
+        return
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/accelerate/cpu.yaml")]
+    command += [str(ROOT / f"recipes/{method}/run.py"), "--config", str(HERE / f"{preset}_{method}.yaml")]
+    run(console, title, [*command, "--output_dir", str(out), "--resume_from_checkpoint", "latest", *changes])
+
+
+def run(console: Console, title: str, command: list[str]) -> None:
+    console.rule(f"[bold]{title}")
+    shown = (
+        shlex.join(["python", *command])
+        .replace(f"{ROOT}/", "")
+        .replace("python -m accelerate.commands.launch", "accelerate launch")
+    )
+    console.print(shown, style="dim", soft_wrap=True, markup=False, highlight=False)
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    began = time.monotonic()
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode
+    if code:
+        console.print(f"[bold red]stopped[/] (exit code {code}); the same command goes on from here")
+        sys.exit(code if code > 0 else 128 - code)
+    console.print(f"done in {time.monotonic() - began:.0f} s")
+
+
+def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) -> int:
+    """The table, the report, and whether each stage was clearly above the one before."""
+    first, second = read_json(sft / "summary.json"), read_json(dpo / "summary.json")
+    stages = [
+        ("start", first["eval_before"]["task"]),
+        ("after SFT", first["eval_after"]["task"]),
+        ("after DPO", second["eval_after"]["task"]),
+    ]
+    shutil.copyfile(dpo / "metrics.jsonl", out / "metrics.jsonl")
+    write_json(out / "stages.json", [{"label": label, "metrics": metrics} for label, metrics in stages])
+    write_json(out / "evals.json", read_json(dpo / "evals.json"))
+    write_json(out / "samples.json", merged_samples(sft, dpo))
+    clear = all(clearly_above(after, before) for (_, before), (_, after) in pairwise(stages))
+    tokens = first["num_tokens"] + second["num_tokens"]
+    reason = None if clear else "a stage was not clearly above the one before"
+    summary = {
+        "status": "completed" if clear else "failed",
+        "reason": reason,
+        "steps": first["steps"] + second["steps"],
+    }
+    write_json(
+        out / "summary.json", {**summary, "seconds": round(seconds, 1), "num_tokens": tokens, "stages": dict(stages)}
+    )
+
+    console.rule("[bold]held-out problems, answered greedily")
+    console.print(table(stages))
+    console.print(
+        f"report: {write_report(out)}\nmodels: {sft / 'final'} and {dpo / 'final'}\ntime: {seconds / 60:.1f} minutes"
+    )
+    if not clear:
+        console.print(f"[bold red]This is a failed quickstart:[/] {reason} (95% interval of the difference).")
+    return 0 if clear else 1
+
+
+def table(stages: list[tuple[str, Metrics]]) -> Table:
+    shown = Table("stage", "accuracy", "95% interval", "gain", "95% interval of the gain")
+    before: Metrics | None = None
+    for label, metrics in stages:
+        interval = f"{metrics['accuracy_interval_low']:.1%} to {metrics['accuracy_interval_high']:.1%}"
+        gain = bounds = ""
+        if before is not None:
+            gain = f"{100 * (metrics['accuracy'] - before['accuracy']):+.1f} points"
+            low, high = difference_interval(metrics, before)
+            bounds = f"{100 * low:+.1f} to {100 * high:+.1f} points"
+        shown.add_row(label, f"{metrics['accuracy']:.1%}", interval, gain, bounds)
+        before = metrics
+    return shown
+
+
+def difference_interval(after: Metrics, before: Metrics) -> tuple[float, float]:
+    """Newcombe's 95% interval of a difference of two proportions, from their Wilson intervals."""
+    low, high = (
+        ("accuracy_interval_low", "accuracy_interval_high"),
+        ("accuracy_interval_high", "accuracy_interval_low"),
+    )
+    difference = after["accuracy"] - before["accuracy"]
+    down = math.hypot(after["accuracy"] - after[low[0]], before[low[1]] - before["accuracy"])
+    up = math.hypot(after[high[0]] - after["accuracy"], before["accuracy"] - before[high[1]])
+    return difference - down, difference + up
+
+
+def clearly_above(after: Metrics, before: Metrics) -> bool:
+    return difference_interval(after, before)[0] > 0
+
+
+def merged_samples(sft: Path, dpo: Path) -> list[dict[str, Any]]:
+    """The first problems with what each of the three models answered."""
+    later = {item["prompt"]: item for item in read_json(dpo / "samples.json")}
+    merged = []
+    for item in read_json(sft / "samples.json"):
+        if item["prompt"] in later:
+            answers = [(c, label) for label in ("before", "after") for c in item["completions"] if c["label"] == label]
+            answers += [(c, "dpo") for c in later[item["prompt"]]["completions"] if c["label"] == "after"]
+            names = {"before": "start", "after": "after SFT", "dpo": "after DPO"}
+            completions = [{**c, "label": names[label]} for c, label in answers]
+            merged.append({**item, "completions": completions})
+    # Those that tell the stages apart first.
+    merged.sort(key=lambda item: len({c["correct"] for c in item["completions"]}), reverse=True)
+    return merged[:SHOWN]
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
