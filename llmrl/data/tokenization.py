@@ -6,7 +6,7 @@ that the policy would never produce (a template's newline after the end of a tur
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,12 @@ class Encoder:
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.stop_ids = frozenset(stop_token_ids) | ({self.eos_token_id} - {None})
         self.start_ids = self._start_ids()
+        # Special tokens that a tokenizer finds in a text before it does anything else with it.
+        self.marks = [
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        ]
 
     def _start_ids(self) -> list[int]:
         """What the tokenizer adds in front (often BOS). What some add behind (EOS) is left to us, to be there once."""
@@ -149,23 +155,45 @@ class Encoder:
             [_joined(head, next(bodies), answer) for answer in answers]
             for head, answers in zip(heads, completions, strict=True)
         ]
-        flat = [joint.text for row in joints for joint in row if isinstance(joint, _Joint)]
-        prompt_ids = self.ids([head if isinstance(head, str) else "" for head in heads])
-        joint_ids = iter(self.ids(flat))
-        return [self._assembled(ids, row, joint_ids) for ids, row in zip(prompt_ids, joints, strict=True)]
+        prompts_as_text = [head if isinstance(head, str) else "" for head in heads]
+        cuts = self._cuts(prompts_as_text)
+        begin_ids = self.ids([text[:cut] for text, cut in zip(prompts_as_text, cuts, strict=True)])
+        end_ids = self.ids([text[cut:] for text, cut in zip(prompts_as_text, cuts, strict=True)])
+        joined = [j.text[cut:] for row, cut in zip(joints, cuts, strict=True) for j in row if isinstance(j, _Joint)]
+        joint_ids = iter(self.ids(joined))
+        parts = zip(begin_ids, end_ids, joints, strict=True)
+        return [self._assembled(begin, end, row, joint_ids) for begin, end, row in parts]
+
+    def _cuts(self, prompts: list[str]) -> list[int]:
+        """Where each prompt may be cut so that its first part, the longer one, is tokenised once for all completions.
+
+        Before its last special token, where a tokenizer cuts a text itself. That it does is tried on the first prompt.
+        """
+        cuts = [max((prompt.rfind(mark) for mark in self.marks), default=0) for prompt in prompts]
+        cuts = [max(cut, 0) for cut in cuts]
+        if any(cuts):
+            prompt, cut = next((prompt, cut) for prompt, cut in zip(prompts, cuts, strict=True) if cut)
+            whole, begin, end = self.ids([prompt, prompt[:cut], prompt[cut:]])
+            if whole != begin + end:
+                self.marks = []
+                return [0] * len(prompts)
+        return cuts
 
     def _assembled(
-        self, prompt_ids: list[int], row: "list[_Joint | RowFault]", joint_ids: Any
+        self, begin_ids: list[int], end_ids: list[int], row: "list[_Joint | RowFault]", joint_ids: Iterator[list[int]]
     ) -> "list[Encoded] | RowFault":
+        """One prompt (in two parts) with its completions; `joint_ids`: the second part with each of them, in turn."""
         encoded: list[Encoded] = []
         fault: RowFault | None = None
         for joint in row:
             if isinstance(joint, RowFault):
                 fault = fault or joint
                 continue
-            completion_ids, again = self.divided(prompt_ids, next(joint_ids), joint.text[joint.boundary :])
+            completion_ids, again = self.divided(end_ids, next(joint_ids), joint.text[joint.boundary :])
             ended = self._ended(completion_ids)
-            encoded.append(Encoded(prompt_ids, ended or completion_ids, ended is not None, again, joint.rerendered))
+            encoded.append(
+                Encoded(begin_ids + end_ids, ended or completion_ids, ended is not None, again, joint.rerendered)
+            )
         return fault or encoded
 
     def _ended(self, ids: list[int]) -> list[int] | None:

@@ -82,6 +82,7 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
         "bos": dressed(with_bos(byte_level()), "</s>", None),
         "bos_and_eos": dressed(with_bos_and_eos(byte_level()), "</s>", None),
         "sentencepiece": dressed(with_bos(sentencepiece_like()), "</s>", None),
+        "sentencepiece_chat": dressed(sentencepiece_like(), "<|im_end|>", WITH_NEWLINE),
         "merging": dressed(byte_level(use_regex=False), "</s>", None),
         "merging_chat": dressed(byte_level(use_regex=False), "<|im_end|>", WITH_NEWLINE),
     }

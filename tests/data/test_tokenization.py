@@ -14,12 +14,13 @@ from llmrl.errors import RefusedError
 Tokenizers = dict[str, PreTrainedTokenizerFast]
 
 PLAIN = ("plain", "bos", "bos_and_eos", "sentencepiece", "merging")
-CHAT = ("chat", "chat_without_newline", "merging_chat")
+CHAT = ("chat", "chat_without_newline", "merging_chat", "sentencepiece_chat")
 # Words, digits and blanks from which the tokenizers have merges, and any other character.
 pieces = st.sampled_from(
     [" ", "  ", "\n", "\n\n", "The", " quick", "12", "3", " = ", "Answer:", "answer", "é", "日本", "😀"]
 )
 texts = st.lists(pieces | st.characters(exclude_categories=("Cs", "Cc")), max_size=12).map("".join)
+marks = st.sampled_from(["", "<|im_start|>", "<|im_end|>", "</s>", "<|im_"])
 relaxed = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -93,9 +94,10 @@ def test_an_end_that_is_written_out_is_not_doubled(tokenizers: Tokenizers, endin
 
 @pytest.mark.parametrize("name", CHAT)
 @relaxed
-@given(texts, texts, st.booleans())
+@given(st.tuples(texts, marks, texts).map("".join), texts, st.booleans())
 @example("a", "\n\n12", False)
 @example("a", " ", True)
+@example("a<|im_start|>", "12", True)
 def test_a_dialogue_is_divided_at_the_boundary(
     tokenizers: Tokenizers, name: str, question: str, answer: str, system: bool
 ) -> None:
@@ -107,7 +109,10 @@ def test_a_dialogue_is_divided_at_the_boundary(
     (encoded,) = row
     seen = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     assert encoded.prompt_ids == encoder.ids([seen])[0]
-    assert encoder.decode(encoded.prompt_ids + encoded.completion_ids) == seen + answer + "<|im_end|>"
+    joint = encoder.ids([seen + answer + "<|im_end|>"])[0]
+    assert encoder.decode(encoded.prompt_ids + encoded.completion_ids) == encoder.decode(joint)
+    assert encoded.retokenised == (joint[: len(encoded.prompt_ids)] != encoded.prompt_ids)
+    assert encoded.retokenised or joint == encoded.prompt_ids + encoded.completion_ids
     assert encoded.completion_ids[-1] == tokenizer.eos_token_id
     assert encoded.completion_ids.count(tokenizer.eos_token_id) == 1
     assert encoded.ends
@@ -211,3 +216,12 @@ def test_plain_text_needs_an_end_token(plain: PreTrainedTokenizerFast) -> None:
     endless = PreTrainedTokenizerFast(tokenizer_object=plain.backend_tokenizer)
     with pytest.raises(RefusedError, match="no EOS token"):
         Encoder(endless).plain(["a"], [["b"]])
+
+
+def test_where_cutting_a_prompt_changes_its_ids_it_is_not_cut(chat: PreTrainedTokenizerFast) -> None:
+    prompt, answers = [said("user", "a")], [[said("assistant", "12")], [said("assistant", "\n")]]
+    whole, cut = Encoder(chat), Encoder(chat)
+    cut.marks = ["istant"]
+    assert cut.ids(["ass", "istant"]) != [cut.ids(["assistant"])[0][:1], cut.ids(["assistant"])[0][1:]]
+    assert cut.rendered([prompt], [answers], [{}]) == whole.rendered([prompt], [answers], [{}])
+    assert cut.marks == []
