@@ -50,14 +50,16 @@ class Pair:
         return isinstance(self.prompt, list)
 
 
-def check_columns(columns: Sequence[str], where: str) -> None:
+def check_columns(columns: Sequence[str], first_row: dict[str, Any], where: str) -> None:
     """Refuse data without `chosen` and `rejected`, or with a column that would be ignored against the user's intent."""
     for name in ("chosen", "rejected"):
         if name not in columns:
             raise missing(name, columns, where, COLUMNS)
-    others = [name for name in columns if name not in COLUMNS]
-    if "prompt" not in columns and "conversations" not in columns and nearest("prompt", others, close_only=True):
-        raise missing("prompt", columns, where, COLUMNS)
+    if "prompt" not in columns and "conversations" not in columns:
+        # `question`, say, may be the prompt or a label; where the answers share no beginning it is the prompt.
+        implicit = implicit_prompt(first_row["chosen"], first_row["rejected"])
+        if nearest("prompt", [name for name in columns if name not in COLUMNS], close_only=bool(implicit)):
+            raise missing("prompt", columns, where, COLUMNS)
     refuse_pictures(columns, where)
 
 

@@ -111,7 +111,7 @@ class _Preparation:
 
     def sound(self, rows: Rows) -> Rows:
         """The rows that are pairs, read before any is tokenised; the others are refused together, or dropped."""
-        check_columns(rows.table.column_names, self.where)
+        check_columns(rows.table.column_names, rows.table[0], self.where)
         kept = sound(rows.columns(COLUMNS), self._check, drop=self.drops_faulty)
         self.counts["dropped_faulty"] += len(rows) - len(kept)
         return kept

@@ -127,12 +127,13 @@ def test_a_faulty_dialogue_is_named(chat: PreTrainedTokenizerFast, tmp_path: Pat
         (("prompt", "accepted", "rejected"), ["no column `chosen`", "did you mean `accepted`?"]),
         (("prompt", "chosen", "answer_rejected"), ["no column `rejected`", "did you mean `answer_rejected`?"]),
         (("promt", "chosen", "rejected"), ["no column `prompt`", "did you mean `promt`?"]),
+        (("question", "chosen", "rejected"), ["no column `prompt`", "did you mean `question`?"]),
     ],
 )
 def test_a_missing_column_is_named_with_the_nearest(
     plain: PreTrainedTokenizerFast, tmp_path: Path, columns: tuple[str, ...], words: list[str]
 ) -> None:
-    row = dict(zip(columns, ("2+2=", " 4", " 5"), strict=False))
+    row = dict(zip(columns, ("2+2=", "4", "5"), strict=False))
     message = file_refusal(plain, tmp_path / "named.jsonl", [row] * 8)
     assert [word for word in ["named.jsonl", *words] if word not in message] == []
 

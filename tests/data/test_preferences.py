@@ -131,6 +131,12 @@ PLAIN: dict[str, tuple[dict[str, Any], str, str, str]] = {
         " 4",
         " 45",
     ),
+    "implicit prompt beside a label": (
+        {"question": "q1", "chosen": "Sum: 2+2 is 4", "rejected": "Sum: 2+2 is 5"},
+        "Sum: 2+2 is",
+        " 4",
+        " 5",
+    ),
     "an answer with its end written out": ({**GOOD, "chosen": " 4</s>"}, "2+2=", " 4", " 5"),
 }
 
