@@ -6,6 +6,6 @@ torch only inside functions, so that a command line can be checked at once.
 
 METHODS: dict[str, str] = {
     "dpo": "llmrl.trainers.dpo",
-    "sft": "llmrl.trainers.supervised",
-    "reward": "llmrl.trainers.supervised",
+    "sft": "llmrl.trainers.sft",
+    "reward": "llmrl.trainers.reward",
 }

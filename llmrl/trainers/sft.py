@@ -94,6 +94,7 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.trainers import trl_bridge
     from llmrl.trainers.trl_session import Metrics, export, fit, scratch_of
 
+    trl_bridge.quieten()
     tokenizer, train_rows, heldout = _data(config, run.note, dataset)
     task = TaskEvaluation(config.task_evaluation, tokenizer, run.note) if config.task_evaluation else None
     dtype, mixed_precision = precision(config, config.mixed_precision, run.note)

@@ -78,7 +78,6 @@ def sft_trainer(
     arguments: dict[str, Any],
 ) -> "Trainer":
     """An SFTTrainer; `arguments` as of `training_arguments`, with SFTConfig's own."""
-    _quieten()
     from trl import SFTConfig, SFTTrainer
 
     trainer = SFTTrainer(
@@ -94,7 +93,6 @@ def reward_trainer(
     arguments: dict[str, Any],
 ) -> "Trainer":
     """A RewardTrainer on tokenised pairs (columns `chosen_ids`, `rejected_ids`); held-out pairs are scored by us."""
-    _quieten()
     from trl import RewardConfig, RewardTrainer
 
     trainer = RewardTrainer(
@@ -103,8 +101,8 @@ def reward_trainer(
     return _without_printers(trainer)
 
 
-def _quieten() -> None:
-    """No report of the trainer to TRL's authors, and progress bars of the data only where somebody watches."""
+def quieten() -> None:
+    """Before anything is loaded: no report of the trainer to TRL's authors, and progress bars of the data only where somebody watches."""
     constants.HF_HUB_DISABLE_TELEMETRY = True
     logging.disable_progress_bar()
     if not (ranks.is_main() and sys.stderr.isatty()):
