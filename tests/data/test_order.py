@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrl.data.order import epoch_order, rows_for_step
@@ -12,11 +12,13 @@ from llmrl.data.order import epoch_order, rows_for_step
 seeds = st.integers(0, 2**32 - 1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), seeds, st.integers(0, 5))
 def test_every_epoch_has_every_row_once(num_rows: int, seed: int, epoch: int) -> None:
     assert sorted(epoch_order(num_rows, seed, epoch)) == list(range(num_rows))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 50), seeds)
 def test_steps_laid_end_to_end_are_the_epochs_laid_end_to_end(num_rows: int, rows_per_step: int, seed: int) -> None:
     steps = 2 * num_rows // rows_per_step + 2

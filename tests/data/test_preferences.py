@@ -17,7 +17,6 @@ from llmrl.data.preferences import COUNTED, PreferenceData, prepare_preferences
 from llmrl.data.sources import load_rows
 from llmrl.errors import RefusedError
 
-SHARED = Path(__file__).parents[2].parent / "shared/data"
 GOOD = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
 
 
@@ -341,10 +340,9 @@ def test_datasets_objects_with_a_test_split(plain: PreTrainedTokenizerFast) -> N
     assert (len(data.train), len(data.heldout)) == (3, 2)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"real dialogue pairs are not here ({SHARED})")
-def test_real_dialogues_with_from_and_value(chat: PreTrainedTokenizerFast) -> None:
+def test_real_dialogues_with_from_and_value(chat: PreTrainedTokenizerFast, shared_data: Path) -> None:
     said: list[str] = []
-    name = str(SHARED / "helpful_pairs/pairs_a.jsonl")
+    name = str(shared_data / "helpful_pairs/pairs_a.jsonl")
     config = keys(dataset_name=name, max_length=4096, eval_rows=64, overlong_prompts="drop")
     data = prepare_preferences(config, chat, said.append)
     assert data.heldout is not None
@@ -359,9 +357,8 @@ def test_real_dialogues_with_from_and_value(chat: PreTrainedTokenizerFast) -> No
             assert (source[column]["value"] + "<|im_end|>").startswith(answer)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"real dialogue pairs are not here ({SHARED})")
-def test_real_dialogues_as_text_with_an_implicit_prompt(plain: PreTrainedTokenizerFast) -> None:
-    name = str(SHARED / "hh_rlhf_harmless/train.jsonl")
+def test_real_dialogues_as_text_with_an_implicit_prompt(plain: PreTrainedTokenizerFast, shared_data: Path) -> None:
+    name = str(shared_data / "hh_rlhf_harmless/train.jsonl")
     config = keys(dataset_name=name, max_length=4096, eval_rows=64)
     with pytest.raises(RefusedError, match=r"train\.jsonl, row 87, column `chosen`: an empty completion") as refused:
         prepare_preferences(config, plain, lambda text: None)
