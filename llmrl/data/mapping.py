@@ -46,6 +46,11 @@ class Fingerprint:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
+def combined(fingerprints: Sequence[Fingerprint]) -> str:
+    """One fingerprint of several parts, which tells what is in which: 32 hexadecimal digits."""
+    return hashlib.sha256("\n".join(part.hexdigest() for part in fingerprints).encode()).hexdigest()[:32]
+
+
 def mapped(
     rows: Rows,
     function: Callable[[list[dict[str, Any]], list[int]], list[dict[str, Any]]],

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from llmrl.data.faults import RowFault, refusal, sound
 from llmrl.data.formats import COLUMNS, Pair, check_columns, read_pair
 from llmrl.data.lengths import Fitting, OverlongError, TruncationMode, fit
-from llmrl.data.mapping import Fingerprint, mapped
+from llmrl.data.mapping import Fingerprint, combined, mapped
 from llmrl.data.splits import Rows, SplitKeys, train_and_heldout
 from llmrl.data.tokenization import Encoded, Encoder, check_chat_template, check_vocabulary
 from llmrl.errors import RefusedError
@@ -83,20 +83,21 @@ def prepare_preferences(
     train, heldout = train_and_heldout(config, say, dataset)
     encoder = Encoder(tokenizer, stop_token_ids)
     counts = Counter(dict.fromkeys(("rows", "train_rows", "heldout_rows", *COUNTED), 0))
-    fingerprint = Fingerprint()
+    fingerprints: list[Fingerprint] = []
     prepared: list[Dataset] = []
     for rows, name in ((train, "train_rows"), (heldout, "heldout_rows")):
         if rows is None:
             continue
         preparation = _Preparation(config, encoder, rows.where, faulty_rows, counts)
-        part = mapped(preparation.sound(rows), preparation.batch, ID_COLUMNS, fingerprint=fingerprint)
+        fingerprints.append(Fingerprint())
+        part = mapped(preparation.sound(rows), preparation.batch, ID_COLUMNS, fingerprint=fingerprints[-1])
         counts.update({"rows": len(rows), name: len(part)})
         if rows is train:
             _check_training(part, preparation.ended, encoder, rows, counts)
         prepared.append(part)
     _report(counts, say)
     held = prepared[1] if len(prepared) > 1 and len(prepared[1]) else None
-    return PreferenceData(prepared[0], held, dict(counts), fingerprint.hexdigest())
+    return PreferenceData(prepared[0], held, dict(counts), combined(fingerprints))
 
 
 class _Preparation:

@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, List, Value
 
-from llmrl.data.mapping import Fingerprint, mapped
+from llmrl.data.mapping import Fingerprint, combined, mapped
 from llmrl.data.splits import whole
 
 
@@ -20,6 +20,16 @@ def test_the_fingerprint_tells_rows_from_each_other_and_not_batches() -> None:
     assert digest([[1, 2], [3]]) == digest([[1, 2]], [[3]])
     others = [digest([[1], [2, 3]]), digest([[3], [1, 2]]), digest([[1, 2], [3], []]), digest([[1, 2], [4]])]
     assert len({digest([[1, 2], [3]]), digest([[1, 2], [3]], name="other"), *others}) == 6
+
+
+def test_parts_are_told_from_each_other() -> None:
+    def parts(*rows: list[list[int]]) -> str:
+        fingerprints = [Fingerprint() for _ in rows]
+        for fingerprint, part in zip(fingerprints, rows, strict=True):
+            fingerprint.update("ids", part)
+        return combined(fingerprints)
+
+    assert len({parts([[1], [2]], [[3]]), parts([[1]], [[2], [3]]), parts([[1], [2], [3]])}) == 3
 
 
 def test_the_fingerprint_is_the_same_in_every_version() -> None:
