@@ -18,7 +18,15 @@ from typing import Any, Protocol
 from datasets import Dataset, DatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.data.columns import MEND, missing, read_dialogue, read_extras, read_text_or_dialogue, refuse_pictures
+from llmrl.data.columns import (
+    MEND,
+    missing,
+    read_dialogue,
+    read_extras,
+    read_json,
+    read_text_or_dialogue,
+    refuse_pictures,
+)
 from llmrl.data.faults import RowFault, refusal, sound
 from llmrl.data.lengths import TruncationMode
 from llmrl.data.mapping import ROWS_PER_BATCH, mapped
@@ -31,7 +39,8 @@ Say = Callable[[str], None]
 Text = str | list[Message]
 
 FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
-EXTRAS = ("tools", "chat_template_kwargs")
+KWARGS = "chat_template_kwargs"
+EXTRAS = ("tools", KWARGS)
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 
@@ -70,9 +79,9 @@ def _prepared(rows: Rows, keys: SupervisedKeys, say: Say, tokenizer: PreTrainedT
         if conversational:
             check_chat_template(tokenizer, rows.where)
         rows = _within_length(rows, columns, keys, Encoder(tokenizer), say)
-    if not conversational or _as_trl_takes_it(rows.table[0], columns):
-        return rows.table
-    return _converted(rows, columns)
+    if conversational and not _as_trl_takes_it(rows.table[0], columns):
+        return _with_template_kwargs(rows, _converted(rows, columns))
+    return _with_template_kwargs(rows, rows.table)
 
 
 def _format(columns: Sequence[str], where: str) -> tuple[str, ...]:
@@ -186,6 +195,22 @@ def _converted(rows: Rows, columns: tuple[str, ...]) -> Dataset:
 
     features = {named.get(name, name): MESSAGES for name in columns} | extras
     return mapped(rows, convert, (), features).remove_columns("row")
+
+
+def _with_template_kwargs(rows: Rows, table: Dataset) -> Dataset:
+    """The template's arguments as objects, which is how TRL takes them; without the column where it holds none.
+
+    Arrow gives every row the keys of all rows, and TRL hands on null where a row had none: other keys are a fault.
+    """
+    if KWARGS not in table.column_names:
+        return table
+    values = [read_json(row, KWARGS, dict) or {} for _, row in enumerated(rows.table.select_columns([KWARGS]))]
+    for number, value in zip(rows.numbers, values, strict=True):
+        if value.keys() != values[0].keys():
+            known = ", ".join(f"`{key}`" for key in values[0]) or "none"
+            raise refusal(rows.where, {number: RowFault(KWARGS, f"other keys than in the first row ({known}); {MEND}")})
+    table = table.remove_columns(KWARGS)
+    return table.add_column(KWARGS, values) if values[0] else table
 
 
 def _role_and_content(message: Any) -> dict[str, str]:

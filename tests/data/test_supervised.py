@@ -67,6 +67,22 @@ def test_tools_stay_with_their_dialogue() -> None:
     assert converted == {"messages": [user("a"), assistant("b")], "tools": '[{"name": "f"}]'}
 
 
+@pytest.mark.parametrize("written", [{"thoughts": False}, '{"thoughts": false}'])
+def test_template_arguments_are_objects_for_the_trainer(written: Any) -> None:
+    row = {"messages": [user("2+2?"), assistant("4")], "chat_template_kwargs": written}
+    assert prepared([row] * 2)["chat_template_kwargs"] == [{"thoughts": False}] * 2
+
+
+def test_template_arguments_that_differ_in_kind_between_rows_are_refused() -> None:
+    rows = [{"messages": [user("2+2?"), assistant("4")], "chat_template_kwargs": w} for w in ('{"a": 1}', '{"b": 1}')]
+    assert "row 2, column `chat_template_kwargs`: other keys than in the first row (`a`)" in refusal(rows)
+
+
+def test_no_template_arguments_are_no_column() -> None:
+    row = {"messages": [user("2+2?"), assistant("4")], "chat_template_kwargs": ""}
+    assert prepared([row]).column_names == ["messages"]
+
+
 FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "empty completion": (SPOKEN, {"completion": [assistant(" ")]}, "`completion`: an empty message"),
     "no answer": (FORMATS["messages"][0], {"messages": [user("2+2?")]}, "`messages`: no message of the assistant"),
