@@ -260,7 +260,13 @@ def tracked_files() -> list[Path]:
 
 def test_no_file_names_a_package_index_or_a_path_of_some_machine() -> None:
     # In pieces, so that this file does not name them either.
-    hosts = ["pypi" + r"\.org", "python" + "hosted", r"download\.py" + "torch", "npmjs", r"conda\." + "anaconda"]
+    hosts = [
+        "pypi" + r"\.org",
+        "python" + "hosted",
+        r"download\.py" + "torch",
+        "npm" + r"js\.",
+        r"conda\." + "anaconda",
+    ]
     paths = ["/" + "work/(main|shared)", "/" + "opt/(wheels|pypi)", "/" + r"root/\."]
     forbidden = re.compile("|".join(hosts + paths))
     found = []
