@@ -1,7 +1,8 @@
 """DPO in llmrl and in TRL's DPOTrainer: time, memory and losses on the same model, pairs and batches.
 
-    python benchmarks/dpo_vs_trl.py            all cells; about 40 minutes on two cores
+    python benchmarks/dpo_vs_trl.py            all cells; the better part of an hour on two cores
     python benchmarks/dpo_vs_trl.py --quick    two small cells, under two minutes
+    python benchmarks/dpo_vs_trl.py --resume   go on with a run that was ended: cells already measured are kept
 
 Every measurement is a process of its own (`worker.py`); toolkits take turns, and a ratio is between measurements of the
 same round. TRL runs twice: as installed, and with its head's row selection forced on for the CPU, as a GPU run has it.
@@ -29,14 +30,17 @@ TOOLKITS = ("llmrl", "trl", "trl_selecting")
 TOLERANCE = 1e-5
 TIMEOUT_SECONDS = 1800
 SHAPES = ("long prompt", "short prompt", "ragged")
-QUICK = [Cell(4096, "long prompt", True, steps=2), Cell(4096, "ragged", False, steps=2)]
+QUICK = [Cell(4096, "long prompt", True), Cell(4096, "ragged", False)]
 FULL = [
-    *(Cell(vocabulary, shape, True) for vocabulary in (4096, 32768, 131072) for shape in SHAPES),
-    *(Cell(vocabulary, "long prompt", False) for vocabulary in (4096, 32768, 131072)),
-    *(Cell(32768, shape, False) for shape in SHAPES[1:]),
-    *(Cell(0, shape, True, pairs_per_step=4, steps=2) for shape in ("few-shot", "question")),
-    Cell(0, "few-shot", False, pairs_per_step=4, steps=2),
+    *(Cell(32768, shape, use_peft) for use_peft in (True, False) for shape in SHAPES),
+    *(Cell(4096, shape, True) for shape in SHAPES),
+    Cell(4096, "long prompt", False),
+    *(Cell(0, shape, True) for shape in ("few-shot", "question")),
+    Cell(0, "few-shot", False),
+    *(Cell(131072, shape, True) for shape in SHAPES),
+    Cell(131072, "long prompt", False),
 ]
+MEASUREMENTS = Path(__file__).resolve().parent / "results" / "dpo_vs_trl.json"
 Measurements = list[dict[str, Any]]
 """By round: what each toolkit's worker found, under the toolkit's name."""
 
@@ -46,22 +50,29 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two small cells")
     parser.add_argument("--cells", default="", help="only cells whose name contains this, such as '32k, ragged'")
     parser.add_argument("--rounds", type=int, default=0, help="measurements of each toolkit a cell (3; with --quick 1)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each process (all cores)")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="threads of each process (default: the number of cores)"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the cells that are in the file of measurements")
+    parser.add_argument("--measurements", type=Path, default=MEASUREMENTS, help="every measurement, as JSON")
     parser.add_argument("--document", type=Path, default=document.DOCUMENT, help="where the tables go")
     arguments = parser.parse_args()
     cells = [cell for cell in (QUICK if arguments.quick else FULL) if arguments.cells in cell.name]
     if not cells:
         parser.error(f"no cell's name contains {arguments.cells!r}; there are: {'; '.join(c.name for c in FULL)}")
     rounds = arguments.rounds or (1 if arguments.quick else 3)
-    loads, results = [os.getloadavg()[0]], []
+    done = json.loads(arguments.measurements.read_text()) if arguments.resume else {}
     with tempfile.TemporaryDirectory(prefix="llmrl_benchmark_") as scratch:
-        for cell in sorted(cells, key=lambda cell: cell.vocabulary):
-            results.append((cell, measured(cell, Path(scratch), rounds, arguments.threads)))
-            loads.append(os.getloadavg()[0])
-            check_equal(*results[-1])
-    text = report(results, rounds, arguments.threads, loads)
-    document.write_section(arguments.document, "dpo_vs_trl", text)
-    print(text)
+        for cell in cells:
+            if cell.name not in done:
+                found = measured(cell, Path(scratch), rounds, arguments.threads)
+                check_equal(cell, found)
+                done[cell.name] = found
+                arguments.measurements.parent.mkdir(parents=True, exist_ok=True)
+                arguments.measurements.write_text(json.dumps(done, indent=1) + "\n")
+                results = [(cell, done[cell.name]) for cell in cells if cell.name in done]
+                document.write_section(arguments.document, "dpo_vs_trl", report(results))
+    print(report([(cell, done[cell.name]) for cell in cells]))
 
 
 def measured(cell: Cell, scratch: Path, rounds: int, threads: int) -> Measurements:
@@ -74,7 +85,9 @@ def measured(cell: Cell, scratch: Path, rounds: int, threads: int) -> Measuremen
         found.append({})
         for toolkit in TOOLKITS:
             began = time.perf_counter()
+            load = os.getloadavg()[0]
             found[-1][toolkit] = one = _in_own_process(cell, folder, toolkit, threads)
+            one |= {"threads": threads, "load": load}
             workloads.clear(folder)
             print(
                 f"{cell.name}: round {number}, {toolkit}: {one['cpu_seconds']:.2f} CPU s, {one['wall_seconds']:.2f} s, "
@@ -123,14 +136,17 @@ def _difference(ours: list[float], theirs: list[float]) -> float:
     return math.inf if any(not math.isfinite(d) for d in differences) else max(differences)
 
 
-def report(results: list[tuple[Cell, Measurements]], rounds: int, threads: int, loads: list[float]) -> str:
+def report(results: list[tuple[Cell, Measurements]]) -> str:
     """The section of the document: conditions, speed, memory, losses."""
     packages = ("torch", "transformers", "accelerate", "peft", "trl")
+    ones = [one for _, found in results for a_round in found for one in a_round.values()]
+    loads, threads = [one["load"] for one in ones], sorted({one["threads"] for one in ones})
+    rounds = sorted({len(found) for _, found in results})
     parts = [
         "## DPO: llmrl and TRL's DPOTrainer",
-        f"`{document.command()}`, {measuring.today()}. {measuring.hardware()}; {threads} thread(s) a process; load average "
-        f"between cells {min(loads):.1f} to {max(loads):.1f}. {measuring.versions(*packages)}.",
-        EXPLANATION.format(rounds=rounds),
+        f"`{document.command()}`, {measuring.today()}. {measuring.hardware()}; threads of a process: "
+        f"{_listed(threads)}; load average before a measurement {min(loads):.1f} to {max(loads):.1f}. {measuring.versions(*packages)}.",
+        EXPLANATION.format(rounds=_listed(rounds)),
         "### Speed",
         document.table(SPEED_HEADER, [_speed(cell, found) for cell, found in results]),
         "### Memory and losses",
@@ -186,6 +202,10 @@ def _memory(cell: Cell, found: Measurements) -> list[str]:
         f"{losses[0]:.4f}, {losses[-1]:.4f}",
         f"{apart:.1e}",
     ]
+
+
+def _listed(numbers: list[int]) -> str:
+    return " or ".join(str(number) for number in numbers)
 
 
 def _ratios(found: Measurements, above: str, below: str, figure: str) -> str:

@@ -24,7 +24,7 @@ class Cell:
     shape: str
     use_peft: bool
     pairs_per_step: int = 4
-    steps: int = 3
+    steps: int = 2
 
     @property
     def name(self) -> str:
