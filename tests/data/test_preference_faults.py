@@ -158,6 +158,11 @@ def test_dialogues_that_part_before_the_last_question_are_refused(plain: PreTrai
     assert "Human" in message
 
 
+def test_tools_beside_plain_text_are_refused(plain: PreTrainedTokenizerFast) -> None:
+    assert "row 1, column `tools`: needs the conversational format" in refusal(plain, [{**GOOD, "tools": '[{"a": 1}]'}])
+    assert len(prepared(plain, [{**GOOD, "tools": "[]"}]).train) == 1
+
+
 def test_pictures_are_refused(chat: PreTrainedTokenizerFast) -> None:
     assert "`images`" in refusal(chat, [{**DIALOGUE, "images": [""]}])
 
