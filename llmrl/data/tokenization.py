@@ -99,6 +99,8 @@ class Encoder:
 
     def plain(self, prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> list[list[Encoded]]:
         """Plain texts: for each prompt its completions, with EOS after each (once, also where the text has it)."""
+        if not prompts:
+            return []
         eos = self.tokenizer.eos_token
         if eos is None or self.eos_token_id is None:
             raise RefusedError(
