@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmrl.config import ModelKeys
 from llmrl.errors import RefusedError
@@ -33,6 +40,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_config(path: str) -> Any:
     """The model's transformers configuration, without its weights (of its base, where `path` is an adapter)."""
     return _loaded(path, "model configuration", lambda: AutoConfig.from_pretrained(_base_of(path)))
+
+
+def stop_token_ids(path: str) -> set[int]:
+    """Where generation stops beside the tokenizer's end-of-sequence token: at the end of Gemma's turns, say."""
+    try:
+        configured = GenerationConfig.from_pretrained(_base_of(path)).eos_token_id
+    except OSError:  # a model need not have one
+        return set()
+    return set(configured if isinstance(configured, list) else [configured]) - {None}
 
 
 def precision(keys: ModelKeys, mixed_precision: str, say: Say) -> tuple[torch.dtype, str]:

@@ -41,6 +41,8 @@ class DPOConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
     """Where the reference's log-probabilities come from; auto: adapter_off with use_peft, else precomputed at first."""
     form: Literal["auto", "tree", "padded"] = "auto"
     """Forward pass: prefix trees (a pair's prompt is computed once) or padded rows; auto: the tree where it works."""
+    faulty_rows: Literal["error", "drop"] = "error"
+    """What happens to a row that is no pair (an empty answer, two equal ones); dropped rows are counted and printed."""
     task_evaluation: Annotated[TaskEvaluationKeys | None, Housekeeping()] = None
     """Greedy accuracy on problems with known answers, beside the preference accuracy."""
 
@@ -147,12 +149,15 @@ def _data(
     from llmrl import models
     from llmrl.data.preferences import prepare_preferences
     from llmrl.data.tokenization import check_vocabulary
-    from llmrl.learner.loading import load_config, load_tokenizer
+    from llmrl.learner.loading import load_config, load_tokenizer, stop_token_ids
 
     path = models.resolve(config.model_name_or_path)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, load_config(path))
-    return tokenizer, prepare_preferences(config, tokenizer, say, dataset=dataset)
+    stops = stop_token_ids(path)
+    return tokenizer, prepare_preferences(
+        config, tokenizer, say, dataset=dataset, stop_token_ids=stops, faulty_rows=config.faulty_rows
+    )
 
 
 def _problems(

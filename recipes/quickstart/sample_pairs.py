@@ -14,8 +14,8 @@ from llmrl.config import TaskEvaluationKeys
 from llmrl.data.problems import prepare_problems
 from llmrl.learner.loading import load_tokenizer
 from llmrl.rollout.huggingface import HuggingFaceEngine
-from llmrl.rollout.pairs import SamplingTally, own_pairs
 from llmrl.rollout.protocol import SamplingParams
+from llmrl.trainers.own_pairs import SamplingTally, own_pairs
 
 
 def main() -> None:
