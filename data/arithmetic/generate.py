@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the arithmetic data set: problems, worked solutions in steps, and pairs of a right and a wrong solution.
 
-    python data/arithmetic/generate.py [--output DIR]
+    python data/arithmetic/generate.py [--output DIR] [--levels 1 2 3 4 5] [--scale 1]
 
 Invariants (tests/data/test_arithmetic.py holds them):
 - the same bytes come out on every machine and Python version: only `random.random()`, whose sequence Python
@@ -285,24 +285,28 @@ def fresh(make: Callable[[Draw], Problem], split: str, seen: set[str], draw: Dra
     raise ValueError(f"{split} has too few problems for {len(seen)} rows and more")
 
 
-def rows(table: str, split: str, count: int) -> list[dict[str, object]]:
+def rows(table: str, split: str, count: int, levels: Sequence[int] = tuple(LEVELS)) -> list[dict[str, object]]:
     """`count` rows of each level, the levels in turn, so that any first part of a file has them all."""
     name = hashlib.sha256(f"{SEED}/{table}/{split}".encode()).digest()
     draw = Draw(int.from_bytes(name[:8], "big"))
     seen: set[str] = set()
-    return [row(table, *fresh(make, split, seen, draw), draw) for _ in range(count) for make in LEVELS.values()]
+    makers = [LEVELS[level] for level in levels]
+    return [row(table, *fresh(make, split, seen, draw), draw) for _ in range(count) for make in makers]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    folder = parser.parse_args().output
-    for (table, split), count in ROWS_PER_LEVEL.items():
-        file = folder / table / f"{split}.jsonl"
+    parser.add_argument("--levels", type=int, nargs="+", choices=tuple(LEVELS), default=tuple(LEVELS))
+    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of rows of each level")
+    args = parser.parse_args()
+    for (table, split), usual in ROWS_PER_LEVEL.items():
+        count = round(usual * args.scale)
+        file = args.output / table / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(item) + "\n" for item in rows(table, split, count))
+        text = "".join(json.dumps(item) + "\n" for item in rows(table, split, count, args.levels))
         file.write_bytes(text.encode())
-        print(f"{file}: {count * len(LEVELS)} rows, {len(text)} bytes")
+        print(f"{file}: {count * len(args.levels)} rows, {len(text)} bytes")
 
 
 if __name__ == "__main__":
