@@ -1,5 +1,6 @@
 """Sections of docs/benchmarks.md that a script owns: they are replaced, what stands around them is kept."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,9 +28,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def command() -> str:
-    """The command line that was run, without where its document went."""
+    """The command line that was run, without where its files went."""
     words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-    if "--document" in words:
-        at = words.index("--document")
-        del words[at : at + 2]
-    return " ".join(["python", *words])
+    for option in ("--document", "--measurements"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    return shlex.join(["python", *words])

@@ -48,7 +48,7 @@ Measurements = list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two small cells")
-    parser.add_argument("--cells", default="", help="only cells whose name contains this, such as '32k, ragged'")
+    parser.add_argument("--cells", nargs="+", default=[""], help="only those whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=0, help="measurements of each toolkit a cell (3; with --quick 1)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="threads of each process (default: the number of cores)"
@@ -57,9 +57,11 @@ def main() -> None:
     parser.add_argument("--measurements", type=Path, default=MEASUREMENTS, help="every measurement, as JSON")
     parser.add_argument("--document", type=Path, default=document.DOCUMENT, help="where the tables go")
     arguments = parser.parse_args()
-    cells = [cell for cell in (QUICK if arguments.quick else FULL) if arguments.cells in cell.name]
+    cells = [
+        cell for cell in (QUICK if arguments.quick else FULL) if any(part in cell.name for part in arguments.cells)
+    ]
     if not cells:
-        parser.error(f"no cell's name contains {arguments.cells!r}; there are: {'; '.join(c.name for c in FULL)}")
+        parser.error(f"no cell's name contains {arguments.cells}; there are: {'; '.join(c.name for c in FULL)}")
     rounds = arguments.rounds or (1 if arguments.quick else 3)
     done = json.loads(arguments.measurements.read_text()) if arguments.resume else {}
     with tempfile.TemporaryDirectory(prefix="llmrl_benchmark_") as scratch:
@@ -142,10 +144,15 @@ def report(results: list[tuple[Cell, Measurements]]) -> str:
     ones = [one for _, found in results for a_round in found for one in a_round.values()]
     loads, threads = [one["load"] for one in ones], sorted({one["threads"] for one in ones})
     rounds = sorted({len(found) for _, found in results})
+    conditions = (
+        f"`{document.command()}`, {measuring.today()}. {measuring.hardware()}; "
+        f"threads of a process: {_listed(threads)}; "
+        f"load average before a measurement {min(loads):.1f} to {max(loads):.1f}. "
+        f"{measuring.versions(*packages)}."
+    )
     parts = [
         "## DPO: llmrl and TRL's DPOTrainer",
-        f"`{document.command()}`, {measuring.today()}. {measuring.hardware()}; threads of a process: "
-        f"{_listed(threads)}; load average before a measurement {min(loads):.1f} to {max(loads):.1f}. {measuring.versions(*packages)}.",
+        conditions,
         EXPLANATION.format(rounds=_listed(rounds)),
         "### Speed",
         document.table(SPEED_HEADER, [_speed(cell, found) for cell, found in results]),
