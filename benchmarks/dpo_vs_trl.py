@@ -72,8 +72,8 @@ def main() -> None:
                 done[cell.name] = found
                 arguments.measurements.parent.mkdir(parents=True, exist_ok=True)
                 arguments.measurements.write_text(json.dumps(done, indent=1) + "\n")
-                results = [(cell, done[cell.name]) for cell in cells if cell.name in done]
-                document.write_section(arguments.document, "dpo_vs_trl", report(results))
+            results = [(cell, done[cell.name]) for cell in cells if cell.name in done]
+            document.write_section(arguments.document, "dpo_vs_trl", report(results))
     print(report([(cell, done[cell.name]) for cell in cells]))
 
 
