@@ -34,7 +34,7 @@ class SFTConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
     """Pack several sequences into one row of max_length; needs a flash attention kernel, which keeps them apart."""
     merge_adapter: Annotated[bool, Housekeeping()] = False
     """With use_peft: write the adapter merged into its base to final/, a plain model that other runs can start from."""
-    task_evaluation: TaskEvaluationKeys | None = None
+    task_evaluation: Annotated[TaskEvaluationKeys | None, Housekeeping()] = None
     """Greedy accuracy on problems with known answers, beside the held-out loss."""
 
     @model_validator(mode="after")

@@ -12,10 +12,8 @@ def step_parts(items: str, per_step: int, world_size: int, rows_that_fit: int) -
     """
     if per_step % world_size:
         below = per_step - per_step % world_size
-        raise RefusedError(
-            f"{items} {per_step} cannot be shared evenly by {world_size} processes; "
-            f"use {below or world_size} or {below + world_size}"
-        )
+        usable = f"{below} or {below + world_size}" if below else str(world_size)
+        raise RefusedError(f"{items} {per_step} cannot be shared evenly by {world_size} processes; use {usable}")
     share = per_step // world_size
     rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(rows_that_fit, 1))
     return rows, share // rows

@@ -105,10 +105,11 @@ class Director(TrainerCallback):
         config: RunKeys = self.run.config
         step, last = state.global_step, state.global_step >= state.max_steps
         self._bar.step(step, None, state.num_input_tokens_seen)
+        log_is_due = control.should_log or last
         if config.eval_steps and step % config.eval_steps == 0 and not last:
             self.evaluate_now(step)
         stop = max_over_ranks(self.trainer.accelerator, int(self.run.interrupted)) > 0
-        control.should_log = control.should_log or last
+        control.should_log = log_is_due  # the evaluation logs too, after which transformers takes this step's for done
         control.should_save = stop or last or bool(config.save_steps and step % config.save_steps == 0)
         if stop and not last:
             control.should_training_stop = True

@@ -1,0 +1,85 @@
+"""Greedy accuracy on problems, with an engine that says what the test wants it to say."""
+
+import json
+from collections.abc import Sequence
+
+import pytest
+from support.words import word_tokenizer
+
+from llmrl.config import TaskEvaluationKeys
+from llmrl.errors import RefusedError
+from llmrl.evaluation.tasks import TaskEvaluation, greedy_accuracy, update_samples
+from llmrl.rollout.protocol import Completion, SamplingParams
+
+
+class Script:
+    """Answers the prompts with given texts, one a prompt."""
+
+    def __init__(self, tokenizer, texts: list[str], reasons: list[str]) -> None:
+        self.tokenizer, self.texts, self.reasons = tokenizer, texts, reasons
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
+        assert sampling.temperature == 0
+        ids = [self.tokenizer(text)["input_ids"] for text in self.texts]
+        return [
+            [Completion(i, [0.0] * len(i), reason, 0)]
+            for i, reason, _ in zip(ids, self.reasons, prompt_ids, strict=True)
+        ]
+
+
+class Numbers:
+    """Decodes ids as the numbers that they are."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return " ".join(map(str, ids))
+
+
+def problems(*answers: str) -> list[dict]:
+    return [{"prompt_ids": [1], "prompt": f"problem {i}", "answer": a, "row": i} for i, a in enumerate(answers, 1)]
+
+
+def result_of(texts: list[str], *answers: str, reasons: list[str] | None = None):
+    engine = Script(Numbers(), texts, reasons or ["stop"] * len(texts))
+    return greedy_accuracy(engine, Numbers(), problems(*answers), 8)
+
+
+def test_accuracy_interval_and_lengths():
+    result = result_of(["1 2", "3", "5 5 5", "7"], "2", "3", "4", "7", reasons=["stop", "stop", "length", "stop"])
+    assert result.metrics["accuracy"] == 0.75
+    assert result.metrics["n"] == 4
+    assert result.metrics["truncated"] == 0.25
+    assert result.metrics["mean_length"] == 1.75
+    assert result.metrics["accuracy_interval_low"] == pytest.approx(0.3006, abs=1e-4)
+    assert result.metrics["accuracy_interval_high"] == pytest.approx(0.9544, abs=1e-4)
+    assert [a.correct for a in result.answered] == [True, True, False, True]
+    assert result.answered[2].truncated
+
+
+def test_samples_before_and_after_stand_beside_each_other(tmp_path):
+    file = tmp_path / "samples.json"
+    update_samples(file, "before", result_of(["1", "2", "3"], "1", "1", "1"), shown=2)
+    update_samples(file, "after", result_of(["9", "1", "1"], "1", "1", "1"), shown=2)
+    update_samples(file, "after", result_of(["1", "1", "1"], "1", "1", "1"), shown=2)
+    assert json.loads(file.read_text()) == [
+        {
+            "prompt": f"problem {i}",
+            "answer": "1",
+            "completions": [
+                {"label": "before", "text": str(i), "correct": i == 1},
+                {"label": "after", "text": "1", "correct": True},
+            ],
+        }
+        for i in (1, 2)
+    ]
+
+
+def test_answers_without_a_number_are_refused_before_training(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"prompt": "cat", "answer": "7"}\n{"prompt": "dog", "answer": "many"}\n')
+    keys = TaskEvaluationKeys(dataset_name=str(file), dataset_test_split="train")
+    with pytest.raises(RefusedError, match=r"row 2, column `answer`: 'many' holds no number"):
+        TaskEvaluation(keys, word_tokenizer(), lambda text: None)
