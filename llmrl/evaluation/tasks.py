@@ -61,8 +61,8 @@ class TaskEvaluation:
             if final_number(problem["answer"]) is None:
                 raise RefusedError(
                     f"{keys.dataset_name}, row {problem['row']}, column `{keys.answer_column}`: "
-                    f"{problem['answer']!r} holds no number, so no answer could be right. Mend the row, or name another "
-                    "column in task_evaluation.answer_column"
+                    f"{problem['answer']!r} holds no number, so no answer could be right. Mend the row, or name "
+                    "another column in task_evaluation.answer_column"
                 )
 
     def __call__(self, model: nn.Module) -> TaskResult:
@@ -110,7 +110,7 @@ def accuracy_metrics(answered: Sequence[Answered]) -> dict[str, float]:
 
 
 def update_samples(file: Path, label: str, result: TaskResult, shown: int = SAMPLES_SHOWN) -> None:
-    """Put the first answers under `label` (`before`, `after`) into a run's samples.json, beside those that are there."""
+    """Put the first answers under `label` (`before`, `after`) into samples.json, beside those that are there."""
     stored: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     beside = {item["prompt"]: [c for c in item["completions"] if c["label"] != label] for item in stored}
     samples = [

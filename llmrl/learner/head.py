@@ -68,36 +68,41 @@ class _ChunkedLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         num, want_hidden = len(targets), ctx.needs_input_grad[0]
         compute_weight = weight.to(compute_dtype)
-        logprobs = torch.empty(num, dtype=torch.float32, device=hidden.device)
+        logprobs, lse = (torch.empty(num, dtype=torch.float32, device=hidden.device) for _ in range(2))
         entropies = torch.empty(num if with_entropy else 0, dtype=torch.float32, device=hidden.device)
         by_logprob = torch.empty_like(hidden) if want_hidden else None
         by_entropy = torch.empty_like(hidden) if want_hidden and with_entropy else None
-        for rows in _chunks(num, len(weight)):
+
+        def one(rows: slice) -> None:
+            """A chunk, in a function so that its logits are gone before the next one's are made."""
             logits = transform(_raw_logits(hidden[rows], compute_weight, bias))
-            lse = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - lse
-            if not want_hidden and not with_entropy:
-                continue
-            slope = transform.slope(logits)
-            log_p = logits.sub_(lse[:, None])
-            p = log_p.exp()
-            if with_entropy:
+            slope = transform.slope(logits) if want_hidden else 1.0
+            at_target = logits.gather(1, targets[rows, None])[:, 0]
+            kept = logits.clone() if with_entropy else None
+            p, lse[rows] = _softmax_(logits)
+            logprobs[rows] = at_target - lse[rows]
+            if kept is not None:
+                log_p = kept.sub_(lse[rows, None])
                 entropy = entropies[rows] = -(p * log_p).sum(-1)
                 if by_entropy is not None:
-                    jacobian = (log_p.add_(entropy[:, None]).mul_(p)).neg_().mul_(slope)
+                    jacobian = _times((log_p.add_(entropy[:, None]).mul_(p)).neg_(), slope)
                     by_entropy[rows] = jacobian.to(compute_dtype) @ compute_weight
             if by_logprob is not None:
-                by_logprob[rows] = _logprob_jacobian(p, targets[rows], slope).to(compute_dtype) @ compute_weight
+                negative = _times(_minus_at(p, targets[rows], 1.0), slope)
+                by_logprob[rows] = (negative.to(compute_dtype) @ compute_weight).neg_()
+
+        for rows in _chunks(num, len(weight)):
+            one(rows)
         ctx.module, ctx.transform, ctx.with_entropy, ctx.compute_dtype = module, transform, with_entropy, compute_dtype
         kept = hidden if any(ctx.needs_input_grad[1:3]) else None
-        ctx.save_for_backward(targets, by_logprob, by_entropy, kept)
+        ctx.save_for_backward(targets, by_logprob, by_entropy, kept, lse if kept is not None else None)
         if not with_entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
-        targets, by_logprob, by_entropy, hidden = ctx.saved_tensors
+        targets, by_logprob, by_entropy, hidden, lse = ctx.saved_tensors
         grad_hidden = None
         if by_logprob is not None:
             grad_hidden = by_logprob * grad_logprobs[:, None].to(by_logprob.dtype)
@@ -107,35 +112,41 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if hidden is not None:
             # Read from the module only now: under ZeRO-3 the full weight is gathered for the backward too, and a
             # tensor captured in the forward would have been emptied or kept alive.
-            grad_weight, grad_bias = _parameter_gradients(ctx, hidden, targets, grad_logprobs, grad_entropies)
+            grad_weight, grad_bias = _parameter_gradients(ctx, hidden, targets, lse, grad_logprobs, grad_entropies)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _parameter_gradients(
-    ctx: Any, hidden: Tensor, targets: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor
+    ctx: Any, hidden: Tensor, targets: Tensor, lse: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     weight, bias = ctx.module.weight, ctx.module.bias
     compute_weight = weight.to(ctx.compute_dtype)
     grad_weight = torch.zeros_like(weight)
     grad_bias = None if bias is None else torch.zeros_like(bias)
-    for rows in _chunks(len(targets), len(weight)):
+
+    def one(rows: slice) -> None:
+        """A chunk, in a function so that its logits are gone before the next one's are made."""
         logits = ctx.transform(_raw_logits(hidden[rows], compute_weight, bias))
         slope = ctx.transform.slope(logits)
-        log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-        p = log_p.exp()
-        grad_raw = None
+        log_p = logits.sub_(lse[rows, None])
+        upstream = grad_logprobs[rows, None]
         if ctx.with_entropy:
+            p = log_p.exp()
             entropy = -(p * log_p).sum(-1, keepdim=True)
-            grad_raw = (log_p.add_(entropy).mul_(p)).neg_().mul_(slope).mul_(grad_entropies[rows, None])
-        by_logprob = _logprob_jacobian(p, targets[rows], slope).mul_(grad_logprobs[rows, None])
-        grad_raw = by_logprob if grad_raw is None else grad_raw.add_(by_logprob)
-        left, right = grad_raw.to(ctx.compute_dtype).T, hidden[rows].to(ctx.compute_dtype)
+            negative = log_p.add_(entropy).mul_(p).mul_(grad_entropies[rows, None]).add_(p.mul_(upstream))
+        else:
+            negative = log_p.exp_().mul_(upstream)
+        negative = _times(_minus_at(negative, targets[rows], upstream), slope)
+        left, right = negative.to(ctx.compute_dtype).T, hidden[rows].to(ctx.compute_dtype)
         if ctx.compute_dtype == weight.dtype:
-            grad_weight.addmm_(left, right)
+            grad_weight.addmm_(left, right, alpha=-1)
         else:  # autocast: multiply in the low precision, accumulate in the weight's own
-            grad_weight.add_(left @ right)
+            grad_weight.sub_(left @ right)
         if grad_bias is not None:
-            grad_bias += grad_raw.sum(0)
+            grad_bias.sub_(negative.sum(0))
+
+    for rows in _chunks(len(targets), len(weight)):
+        one(rows)
     return grad_weight, grad_bias
 
 
@@ -150,11 +161,23 @@ def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ).float()
 
 
-def _logprob_jacobian(p: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
-    """(onehot - p) times the transform's slope, in place of `p`."""
-    jacobian = p.neg_()
-    jacobian.scatter_add_(1, targets[:, None], torch.ones_like(targets[:, None], dtype=p.dtype))
-    return jacobian.mul_(slope)
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of [rows, V] in place of the logits, and their log-sum-exp [rows]: five passes and no second buffer."""
+    top = logits.amax(-1, keepdim=True)
+    p = logits.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), (top + total.log())[:, 0]
+
+
+def _minus_at(values: Tensor, targets: Tensor, amount: Tensor | float) -> Tensor:
+    """Subtract `amount` (a number, or [rows, 1]) at each row's target, in place."""
+    at = targets[:, None]
+    return values.scatter_add_(1, at, torch.zeros_like(at, dtype=values.dtype).sub_(amount))
+
+
+def _times(values: Tensor, slope: Tensor | float) -> Tensor:
+    """In place; a slope of one costs no pass over the logits."""
+    return values if isinstance(slope, float) and slope == 1.0 else values.mul_(slope)
 
 
 def install(head: nn.Linear) -> None:

@@ -72,6 +72,7 @@ class Learner:
             lr=options.learning_rate,
             betas=options.adam_betas,
             eps=options.adam_epsilon,
+            fused=True,
         )
         self.scheduler = get_scheduler(
             options.lr_scheduler_type, self.optimizer, options.warmup_steps, max(options.total_steps, 1)

@@ -1,8 +1,7 @@
 """Reward models: a transformer with one number on top, read at the last token of a sequence."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,7 +11,6 @@ from transformers.utils import logging
 
 from llmrl.config import ModelKeys
 from llmrl.errors import RefusedError
-from llmrl.evaluation.intervals import wilson_interval
 
 Say = Callable[[str], None]
 
@@ -96,30 +94,6 @@ def score(model: nn.Module, sequences: Sequence[Sequence[int]], pad_token_id: in
     finally:
         model.train(training)
     return rewards
-
-
-def pair_metrics(
-    model: nn.Module, pairs: Iterable[dict[str, Any]], pad_token_id: int, rows: int = 16
-) -> dict[str, float]:
-    """How well a reward model tells the chosen from the rejected sequence (columns `chosen_ids`, `rejected_ids`).
-
-    `loss` (Bradley-Terry, a pair), `accuracy` with its 95% Wilson interval, `margin` (mean difference), `n`. A tie is
-    half a success.
-    """
-    pairs = list(pairs)
-    both = score(model, [ids for p in pairs for ids in (p["chosen_ids"], p["rejected_ids"])], pad_token_id, rows)
-    margins = both[0::2] - both[1::2]
-    n = len(pairs)
-    right = float((margins > 0).sum()) + 0.5 * float((margins == 0).sum())
-    low, high = wilson_interval(right, n)
-    return {
-        "loss": float(-nn.functional.logsigmoid(margins).mean()),
-        "accuracy": right / n,
-        "accuracy_interval_low": low,
-        "accuracy_interval_high": high,
-        "margin": float(margins.mean()),
-        "n": float(n),
-    }
 
 
 def _padded(sequences: list[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -77,8 +77,9 @@ def train(
     from transformers import set_seed
 
     from llmrl import models
+    from llmrl.evaluation.reward_models import pair_metrics
     from llmrl.learner.loading import precision
-    from llmrl.rewards.model import load_reward_model, pair_metrics, separate_padding
+    from llmrl.rewards.model import load_reward_model, separate_padding
     from llmrl.runs import ranks
     from llmrl.trainers import trl_bridge
     from llmrl.trainers.trl_session import Metrics, export, fit, scratch_of

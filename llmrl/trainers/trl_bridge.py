@@ -102,7 +102,7 @@ def reward_trainer(
 
 
 def quieten() -> None:
-    """Before anything is loaded: no report of the trainer to TRL's authors, and progress bars of the data only where somebody watches."""
+    """Before anything is loaded: no report to TRL's authors, progress bars of the data only where somebody watches."""
     constants.HF_HUB_DISABLE_TELEMETRY = True
     logging.disable_progress_bar()
     if not (ranks.is_main() and sys.stderr.isatty()):

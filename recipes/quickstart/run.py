@@ -28,8 +28,10 @@ from llmrl.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+LEVELS = {"laptop": ["1"], "tiny": ["1", "2", "3", "4", "5"]}
+"""Kinds of problems: a short fine-tuning on one of them brings a 135M model from little to much."""
 SAMPLING = {
-    "laptop": ["--max_problems", "320", "--num_pairs", "160", "--samples_per_prompt", "8"],
+    "laptop": ["--max_problems", "320", "--num_pairs", "160", "--samples_per_prompt", "8", "--max_new_tokens", "48"],
     "tiny": ["--max_problems", "800", "--num_pairs", "480", "--samples_per_prompt", "8", "--max_new_tokens", "64"],
 }
 SHOWN = 3
@@ -47,13 +49,18 @@ def main() -> int:
 
     preset = available_preset(args.preset, console)
     out = output_directory(args.output_dir or ROOT / "runs" / f"quickstart-{preset}", console)
-    sft, pairs, dpo = out / "sft", out / "pairs.jsonl", out / "dpo"
-    recipe(console, "1/3 supervised fine-tuning on worked answers", "sft", preset, sft)
+    data, sft, pairs, dpo = out / "data", out / "sft", out / "pairs.jsonl", out / "dpo"
+    if not (data / "pairs").exists():
+        generator = [str(ROOT / "data/arithmetic/generate.py"), "--output", str(data), "--scale", "4"]
+        run(console, "problems and worked answers", [*generator, "--levels", *LEVELS[preset]])
+    judge = ["--task_evaluation.dataset_name", str(data / "problems")]
+    changes = ["--dataset_name", str(data / "sft" / "train.jsonl"), *judge]
+    recipe(console, "1/3 supervised fine-tuning on worked answers", "sft", preset, sft, *changes)
     if not pairs.exists():
         script = [str(HERE / "sample_pairs.py"), "--model", str(sft / "final"), "--output", str(pairs)]
-        problems = ["--problems", str(ROOT / "data/arithmetic/problems")]
+        problems = ["--problems", str(data / "problems")]
         run(console, "2/3 the tuned model's own right and wrong answers", [*script, *problems, *SAMPLING[preset]])
-    changes = ["--model_name_or_path", str(sft / "final"), "--dataset_name", str(pairs)]
+    changes = ["--model_name_or_path", str(sft / "final"), "--dataset_name", str(pairs), *judge]
     recipe(console, "3/3 DPO on them", "dpo", preset, dpo, *changes)
     return conclude(console, out, sft, dpo, time.monotonic() - began)
 

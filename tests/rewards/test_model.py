@@ -10,7 +10,8 @@ from support.words import word_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from llmrl.errors import RefusedError
-from llmrl.rewards.model import load_reward_model, pair_metrics, score, separate_padding
+from llmrl.evaluation.reward_models import pair_metrics
+from llmrl.rewards.model import load_reward_model, score, separate_padding
 from llmrl.trainers.reward import RewardConfig
 
 PAD = 0
