@@ -82,8 +82,9 @@ def test_the_starter_is_half_right():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.num_parameters() < 3_000_000
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    engine = HuggingFaceEngine(model, tokenizer)
+    assert engine.stop_token_ids(SamplingParams(1)) == {tokenizer.eos_token_id}
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
-    ((completion,),) = HuggingFaceEngine(model, tokenizer).generate([prompt], SamplingParams(64, temperature=0))
+    ((completion,),) = engine.generate([prompt], SamplingParams(64, temperature=0))
     assert completion.finish_reason == "stop"
     assert "\nAnswer: " in tokenizer.decode(completion.token_ids)
