@@ -90,6 +90,7 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl import models
     from llmrl.evaluation.tasks import TaskEvaluation, update_samples
     from llmrl.learner.loading import load_model, precision
+    from llmrl.learner.sharding import zero_stage
     from llmrl.runs import ranks
     from llmrl.trainers import trl_bridge
     from llmrl.trainers.trl_session import Metrics, export, fit, scratch_of
@@ -109,6 +110,11 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
         "packing": config.packing,
     }
     trainer = trl_bridge.sft_trainer(model, tokenizer, train_rows, heldout, arguments)
+    if task is not None and zero_stage(trainer.accelerator) == 3:
+        raise RefusedError(
+            "task_evaluation generates with the whole model on each process, which ZeRO-3 does not have; "
+            "leave the section out, or launch with ZeRO-2 or DDP"
+        )
     if not config.packing:
         _count_lost(config, len(train_rows), len(trainer.train_dataset), run.note)
 

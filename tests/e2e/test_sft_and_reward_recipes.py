@@ -111,12 +111,12 @@ def test_a_signal_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints" / ".trl").exists()
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward"])
-def test_two_processes_follow_the_curve_of_one(tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "launcher"), [("sft", "cpu_ddp"), ("sft", "cpu_zero3"), ("reward", "cpu_ddp")])
+def test_two_processes_follow_the_curve_of_one(tmp_path: Path, recipe: str, launcher: str) -> None:
     """The same rows make a step however many processes share them, so the losses agree."""
     config = write_config(tmp_path, recipe, max_steps=3, learning_rate=1e-3)
     finish(recipe, "--config", str(config))
-    finish(recipe, "--config", str(config), "--output_dir", str(tmp_path / "two"), launcher="cpu_ddp")
+    finish(recipe, "--config", str(config), "--output_dir", str(tmp_path / "two"), launcher=launcher)
     alone, two = metrics(tmp_path / "run"), metrics(tmp_path / "two")
     assert [line["num_tokens"] for line in two] == [line["num_tokens"] for line in alone]
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in alone], abs=1e-4)

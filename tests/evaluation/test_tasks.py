@@ -1,7 +1,11 @@
 """Greedy accuracy on problems, with an engine that says what the test wants it to say."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from support.words import word_tokenizer
@@ -83,3 +87,48 @@ def test_answers_without_a_number_are_refused_before_training(tmp_path):
     keys = TaskEvaluationKeys(dataset_name=str(file), dataset_test_split="train")
     with pytest.raises(RefusedError, match=r"row 2, column `answer`: 'many' holds no number"):
         TaskEvaluation(keys, word_tokenizer(), lambda text: None)
+
+
+RANK = """
+import json, sys
+import torch.distributed as dist
+from pathlib import Path
+from support.models import make_tiny_model
+from support.words import word_tokenizer
+from llmrl.config import TaskEvaluationKeys
+from llmrl.evaluation.tasks import TaskEvaluation
+
+folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+tokenizer = word_tokenizer()
+keys = TaskEvaluationKeys(
+    dataset_name=str(folder / "problems.jsonl"), dataset_test_split="train", max_new_tokens=6, batch_size=2
+)
+result = TaskEvaluation(keys, tokenizer, lambda text: None)(make_tiny_model(vocab_size=len(tokenizer)))
+answered = [[a.prompt, a.text] for a in result.answered]
+(folder / f"result_{rank}_{world}.json").write_text(json.dumps([result.metrics, answered]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_problems_and_both_know_all_answers(tmp_path):
+    words = ["red cat", "blue", "one dog sees", "two", "the a"]
+    rows = [json.dumps({"prompt": text, "answer": str(i)}) for i, text in enumerate(words)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(rows) + "\n")
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+
+    def run(world: int) -> list:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, str(tmp_path), str(rank), str(world)],
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
+            for rank in range(world)
+        ]
+        assert [process.wait(timeout=120) for process in ranks] == [0] * world
+        return [json.loads((tmp_path / f"result_{rank}_{world}.json").read_text()) for rank in range(world)]
+
+    (alone,) = run(1)
+    assert run(2) == [alone, alone]
+    assert [prompt for prompt, _ in alone[1]] == words
