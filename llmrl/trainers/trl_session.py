@@ -21,9 +21,10 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmrl.config import RunKeys
-from llmrl.errors import RefusedError, RunInterruptedError
+from llmrl.errors import LlmrlError, RefusedError, RunInterruptedError
 from llmrl.learner.sharding import max_over_ranks
 from llmrl.runs import Run, checkpoints
+from llmrl.runs.disk import as_disk_failure, is_disk_failure
 
 SCRATCH = ".trl"  # beside the published checkpoints, on the same file system, so that publishing is a rename
 NOT_PUBLISHED = ("training_args.bin", "README.md")
@@ -53,12 +54,13 @@ def fit(
     for callback in (director, *callbacks):
         trainer.add_callback(callback)
     _clear(trainer, run)
-    with director.progress:
-        try:
+    try:
+        with director.progress, _disk_failures_named(trainer, run):
             trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
-        except _NothingLeft:
-            run.note(f"{run.checkpoint} is the last step already: only the evaluation and the model itself are left")
-    _clear(trainer, run)
+    except _NothingLeft:
+        run.note(f"{run.checkpoint} is the last step already: only the evaluation and the model itself are left")
+    finally:
+        _clear(trainer, run)
     if director.stopped_after is not None:
         raise RunInterruptedError(
             f"a signal asked for it after step {director.stopped_after} of {trainer.state.max_steps}"
@@ -177,6 +179,22 @@ def random_state_kept() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(arrays)
+
+
+@contextmanager
+def _disk_failures_named(trainer: Trainer, run: Run) -> Iterator[None]:
+    """A disk that failed while TRL wrote a checkpoint becomes a `RunFailedError` that says which one is intact."""
+    try:
+        yield
+    except LlmrlError:
+        raise
+    except Exception as error:
+        if not is_disk_failure(error):
+            raise
+        written = sum(f.stat().st_size for f in Path(str(trainer.args.output_dir)).rglob("*") if f.is_file())
+        intact = checkpoints.latest(run.directory)
+        failure = as_disk_failure(error, run.directory, f"checkpoint step_{trainer.state.global_step}", intact, written)
+        raise failure or error from error
 
 
 def _clear(trainer: Trainer, run: Run) -> None:

@@ -1,0 +1,54 @@
+"""A disk that is full while TRL writes a checkpoint: the one before stays whole and the message says so."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from support.dpo_run import launch, make_model
+
+from llmrl.runs import checkpoints
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Two megabytes, a disk of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_the_checkpoint_before_is_whole(tmp_path: Path, small_disk: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "red cat", "completion": " blue dog"}\n' * 20)
+    config = {
+        "model_name_or_path": str(make_model(tmp_path / "model")),
+        "dataset_name": str(rows),
+        "output_dir": str(small_disk / "run"),
+        "max_steps": 40,
+        "sequences_per_step": 4,
+        "max_length": 32,
+        "eval_rows": 0,
+        "save_steps": 1,
+        "save_total_limit": None,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    failed = launch("sft", "cpu", "--config", str(tmp_path / "config.yaml"))
+    assert failed.returncode != 0
+    intact = checkpoints.latest(small_disk / "run")
+    assert intact is not None
+    assert f"{intact} is whole" in failed.stderr
+    assert "--resume_from_checkpoint latest" in failed.stderr
+    assert not (small_disk / "run" / "checkpoints" / ".trl").exists()
