@@ -77,7 +77,7 @@ LAUNCHER = (
 
 
 def starter(say: Say = print) -> Path:
-    """The folder of the starter model, trained if it is not in the cache (a minute or two on two cores).
+    """The folder of the starter model, trained if it is not in the cache (about two minutes on one core).
 
     Raises `RefusedError` if the project's data is not there, `RunFailedError` if the training fails.
     """
@@ -107,7 +107,7 @@ def _fingerprint(data: Path) -> str:
 def _train(folder: Path, data: Path, say: Say) -> dict[str, Any]:
     """Fill `folder` with the trained model."""
     say(
-        f"training the starter model from scratch, once (a minute or two); it will be kept in {cache_root() / 'models'}"
+        f"training the starter model from scratch, once (about two minutes); it will be kept in {cache_root() / 'models'}"
     )
     with TemporaryDirectory(prefix="llmrl_starter_") as name:
         scratch = Path(name)
@@ -197,7 +197,9 @@ def _run_recipe(scratch: Path, data: Path, say: Say) -> None:
     }
     command = [sys.executable, "-c", RECIPE, *(f"--{key}={value}" for key, value in keys.items())]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER)}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    # One thread: a second one hardly helps at this size, costs a factor of ten where other processes run too, and would
+    # make another model of the same seed.
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     with (scratch / "errors").open("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
