@@ -107,7 +107,8 @@ def _fingerprint(data: Path) -> str:
 def _train(folder: Path, data: Path, say: Say) -> dict[str, Any]:
     """Fill `folder` with the trained model."""
     say(
-        f"training the starter model from scratch, once (about two minutes); it will be kept in {cache_root() / 'models'}"
+        "training the starter model from scratch, once (about two minutes); it will be kept in "
+        f"{cache_root() / 'models'}"
     )
     with TemporaryDirectory(prefix="llmrl_starter_") as name:
         scratch = Path(name)
