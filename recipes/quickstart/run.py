@@ -28,8 +28,8 @@ from llmrl.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-LEVELS = {"laptop": ["1"], "tiny": ["1", "2", "3", "4", "5"]}
-"""Kinds of problems: a short fine-tuning on one of them brings a 135M model from little to much."""
+PROBLEMS = {"laptop": ["--levels", "1", "--scale", "4"], "tiny": []}
+"""SmolLM2 gets two-digit sums only: a short fine-tuning on one kind of problem brings it from little to much."""
 SAMPLING = {
     "laptop": ["--max_problems", "320", "--num_pairs", "160", "--samples_per_prompt", "8", "--max_new_tokens", "48"],
     "tiny": ["--max_problems", "800", "--num_pairs", "480", "--samples_per_prompt", "8", "--max_new_tokens", "64"],
@@ -51,8 +51,8 @@ def main() -> int:
     out = output_directory(args.output_dir or ROOT / "runs" / f"quickstart-{preset}", console)
     data, sft, pairs, dpo = out / "data", out / "sft", out / "pairs.jsonl", out / "dpo"
     if not (data / "pairs").exists():
-        generator = [str(ROOT / "data/arithmetic/generate.py"), "--output", str(data), "--scale", "4"]
-        run(console, "problems and worked answers", [*generator, "--levels", *LEVELS[preset]])
+        generator = [str(ROOT / "data/arithmetic/generate.py"), "--output", str(data)]
+        run(console, "problems and worked answers", [*generator, *PROBLEMS[preset]])
     judge = ["--task_evaluation.dataset_name", str(data / "problems")]
     changes = ["--dataset_name", str(data / "sft" / "train.jsonl"), *judge]
     recipe(console, "1/3 supervised fine-tuning on worked answers", "sft", preset, sft, *changes)
