@@ -13,8 +13,8 @@ delta = R(chosen) - R(rejected):
 
 eps is the probability that a label is flipped: 0 in `sigmoid` is the paper's loss, above 0 it is conservative DPO
 (cDPO: Mitchell, "A note on DPO with noisy preferences", 2023; also in the DPO authors' code); `robust` is Chowdhury
-et al., "Provably Robust DPO", arXiv 2403.00409, Eq. 12; `hinge` is SLiC's calibration loss on the same margin (Zhao et
-al., arXiv 2305.10425); `ipo_sum` is Azar et al., arXiv 2310.12036, Eq. 17, as printed; `ipo` divides by the lengths
+et al., "Provably Robust DPO", arXiv 2403.00409; `hinge` is SLiC's calibration loss on the same margin (Zhao et
+al., arXiv 2305.10425); `ipo_sum` is Azar et al., arXiv 2310.12036, without a division; `ipo` divides by the lengths
 first, as TRL's loss of that name does. The loss of a batch is the mean over its pairs.
 """
 
