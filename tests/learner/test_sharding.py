@@ -86,6 +86,7 @@ def test_two_processes_equal_one(tmp_path: Path, launcher: str, settings: dict[s
     model = save_model(tmp_path / "model", tie_word_embeddings=tied)
     alone = run(None, model=model, out=tmp_path / "alone", **settings)
     spread = run(LAUNCHERS[launcher], model=model, out=tmp_path / "spread", **settings)
+    assert spread["split"] == (launcher == "zero3")
     assert spread["kind"] == ("DistributedDataParallel" if launcher == "ddp" else "DeepSpeedEngine")
     assert largest_difference(spread["gradients"], alone["gradients"]) < 1e-5
     for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "num_tokens"):

@@ -22,6 +22,11 @@ from llmrl.objectives.dpo import DPO
 
 def build(settings: dict[str, Any]) -> Learner:
     accelerator = build_accelerator()
+    if accelerator.state.deepspeed_plugin is not None:
+        # ZeRO-3 would keep parameters below 100,000 elements whole, and all of this model's are.
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"][
+            "stage3_param_persistence_threshold"
+        ] = 0
     torch.manual_seed(1)
     keys = ModelKeys(model_name_or_path=str(settings["model"]), use_peft=settings.get("use_peft", False), lora_r=4)
     model = load_model(str(settings["model"]), keys, torch.float32, print)
@@ -55,6 +60,8 @@ def captured_gradients(learner: Learner) -> dict[str, torch.Tensor]:
 def run(settings: dict[str, Any]) -> None:
     out = Path(settings["out"])
     learner = build(settings)
+    # A parameter that ZeRO-3 has split is empty outside a forward or backward pass.
+    split = all(parameter.numel() == 0 for parameter in learner.causal_lm.parameters())
     groups = random_pairs(np.random.default_rng(3), 7)
     if learner.reference_kind == "precomputed":
         # A reference that is not the policy, so that the pairs weigh differently.
@@ -89,6 +96,7 @@ def run(settings: dict[str, Any]) -> None:
             "metrics": metrics,
             "form": learner.form,
             "exact_resume": exact,
+            "split": split,
             "kind": type(learner.backend.model).__name__,
         }
         (out / "facts.json").write_text(json.dumps(facts))
