@@ -3,6 +3,7 @@
 No code that comes with a model is ever run (`trust_remote_code` stays off) and weights are read from safetensors only.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from llmrl.config import ModelKeys
 from llmrl.errors import RefusedError
@@ -70,6 +72,8 @@ def load_model(path: str, keys: ModelKeys, dtype: torch.dtype, say: Say) -> PreT
 
     Where `path` is an adapter it is merged into its base first, so that the reference is the adapted model.
     """
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     attention = {} if keys.attn_implementation == "auto" else {"attn_implementation": keys.attn_implementation}
     model = _loaded(
         path,

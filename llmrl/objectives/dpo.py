@@ -15,7 +15,12 @@ eps is the probability that a label is flipped: 0 in `sigmoid` is the paper's lo
 (cDPO: Mitchell, "A note on DPO with noisy preferences", 2023; also in the DPO authors' code); `robust` is Chowdhury
 et al., "Provably Robust DPO", arXiv 2403.00409; `hinge` is SLiC's calibration loss on the same margin (Zhao et
 al., arXiv 2305.10425); `ipo_sum` is Azar et al., arXiv 2310.12036, without a division; `ipo` divides by the lengths
-first, as TRL's loss of that name does. The loss of a batch is the mean over its pairs.
+first, as TRL's loss of that name does. To each pair's loss comes
+
+    rpo_alpha * -log pi(chosen | x) / |chosen|
+
+which keeps the chosen answer likely while the margin grows (Pang et al., "Iterative Reasoning Preference Optimization",
+arXiv 2404.19733). The loss of a batch is the mean over its pairs.
 """
 
 from dataclasses import dataclass
@@ -55,12 +60,14 @@ def pair_losses(delta_P: Tensor, beta: float, loss_type: LossType = "sigmoid", l
 class DPO:
     """DPO over micro-batches whose groups are pairs: sequences (chosen, rejected), in this order.
 
-    beta: strength of the pull towards the reference (> 0). label_smoothing: eps above, in [0, 0.5).
+    beta: strength of the pull towards the reference (> 0). label_smoothing: eps above, in [0, 0.5). rpo_alpha: weight
+    of the chosen answer's negative log-likelihood a token (>= 0).
     """
 
     beta: float = 0.1
     loss_type: LossType = "sigmoid"
     label_smoothing: float = 0.0
+    rpo_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         if self.loss_type not in LOSS_TYPES:
@@ -71,6 +78,8 @@ class DPO:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
         if self.label_smoothing and self.loss_type not in SMOOTHABLE:
             raise ValueError(f"label_smoothing has no meaning for loss_type {self.loss_type!r}")
+        if not self.rpo_alpha >= 0:
+            raise ValueError(f"rpo_alpha must not be negative, got {self.rpo_alpha}")
 
     def objective(self) -> Objective:
         return Objective(self.__call__, needs_reference=True)
@@ -84,9 +93,14 @@ class DPO:
         compared_S = ratios_S / lengths_S if self.loss_type in LENGTH_NORMALISED else ratios_S
         losses_P = pair_losses(compared_S[0::2] - compared_S[1::2], self.beta, self.loss_type, self.label_smoothing)
 
+        nll_P = -logps_S[0::2] / lengths_S[0::2]
+        if self.rpo_alpha:
+            losses_P = losses_P + self.rpo_alpha * nll_P
+
         rewards_S = self.beta * ratios_S.detach()
         metrics = {
             **preference_metrics(rewards_S),
+            "nll_loss": nll_P.detach(),
             "logps/chosen": logps_S.detach()[0::2],
             "logps/rejected": logps_S.detach()[1::2],
             "completions/chosen_length": lengths_S[0::2],

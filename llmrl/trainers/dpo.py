@@ -35,6 +35,8 @@ class DPOConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
     """sigmoid is the paper's; ipo divides log-ratios by length, as in TRL, ipo_sum does not; sigmoid_norm does."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Probability that a label is wrong: conservative DPO with sigmoid, unbiased under noise with robust."""
+    rpo_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen answer's negative log-likelihood a token, beside the preference loss: keeps it likely."""
     pairs_per_step: Annotated[int, Field(ge=1)] = 16
     """Pairs in one optimizer step, over all processes together."""
     reference: Literal["auto", "adapter_off", "precomputed", "frozen"] = "auto"
@@ -113,7 +115,7 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     problems = _problems(config, tokenizer, run.note)
     total_steps = num_steps(config, len(data.train))
     learner = build_learner(config, config, config, total_steps, run.note)
-    objective = DPO(config.beta, config.loss_type, config.label_smoothing).objective()
+    objective = DPO(config.beta, config.loss_type, config.label_smoothing, config.rpo_alpha).objective()
 
     def rows_of(step: int) -> list[int]:
         return rows_for_step(step, config.pairs_per_step, len(data.train), config.seed)

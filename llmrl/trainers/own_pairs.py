@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -34,15 +35,16 @@ def own_pairs(
 ) -> Iterator[dict[str, Any]]:
     """Rows `prompt, chosen, rejected` (conversational), at most `pairs_per_problem` each, as they come.
 
-    `problems` have `prompt_ids`, `answer` and `messages`. A pair never holds the same text twice, no text is used twice
-    for one problem, and only samples that ended by themselves are used. `tally` is kept up to date.
+    `problems` have `prompt_ids`, `answer` and `messages`. Each of a problem's pairs has another wrong answer; right ones
+    are used again where they are fewer. Only samples that ended by themselves are used. `tally` is kept up to date.
     """
     for start in range(0, len(problems), PROBLEMS_AT_ONCE):
         asked = problems[start : start + PROBLEMS_AT_ONCE]
         groups = engine.generate([p["prompt_ids"] for p in asked], sampling)
         for problem, samples in zip(asked, groups, strict=True):
             right, wrong = _sorted_out(tokenizer, problem, samples, tally)
-            for chosen, rejected in list(zip(right, wrong, strict=False))[:pairs_per_problem]:
+            # A model that knows the form repeats its right answers to the letter, so they take turns.
+            for chosen, rejected in islice(zip(cycle(right), wrong, strict=False), pairs_per_problem):
                 tally.pairs += 1
                 yield {"prompt": problem["messages"], "chosen": _said(chosen), "rejected": _said(rejected)}
         progress(tally)

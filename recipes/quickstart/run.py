@@ -31,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 PROBLEMS = {"laptop": ["--levels", "1", "--scale", "4"], "tiny": []}
 """SmolLM2 gets two-digit sums only: a short fine-tuning on one kind of problem brings it from little to much."""
 SAMPLING = {
-    "laptop": ["--max_problems", "320", "--num_pairs", "160", "--samples_per_prompt", "8", "--max_new_tokens", "48"],
-    "tiny": ["--max_problems", "800", "--num_pairs", "480", "--samples_per_prompt", "8", "--max_new_tokens", "64"],
+    "laptop": ["--max_problems", "160", "--num_pairs", "112", "--pairs_per_problem", "2", "--max_new_tokens", "48"],
+    "tiny": ["--max_problems", "800", "--num_pairs", "480", "--pairs_per_problem", "2", "--max_new_tokens", "64"],
 }
 SHOWN = 3
 Metrics = dict[str, Any]
@@ -105,7 +105,9 @@ def run(console: Console, title: str, command: list[str]) -> None:
         .replace("python -m accelerate.commands.launch", "accelerate launch")
     )
     console.print(shown, style="dim", soft_wrap=True, markup=False, highlight=False)
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    # It trains on the CPU: DeepSpeed need not look for anything else, nor warn that it found nothing.
+    defaults = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "DS_ACCELERATOR": "cpu"}
+    environment = {**defaults, **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     began = time.monotonic()
     code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode
     if code:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from llmrl.config import TaskEvaluationKeys
 from llmrl.data.problems import prepare_problems
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    logging.disable_progress_bar()
     tokenizer = load_tokenizer(args.model)
     keys = TaskEvaluationKeys(dataset_name=args.problems, dataset_test_split=args.split, limit=args.max_problems)
     problems = list(prepare_problems(keys, tokenizer, print))
