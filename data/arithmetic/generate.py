@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the arithmetic data set: problems, worked solutions in steps, and pairs of a right and a wrong solution.
+"""Makes the arithmetic data set: problems, worked solutions, solutions of mixed quality, and pairs of right and wrong.
 
     python data/arithmetic/generate.py [--output DIR] [--levels 1 2 3 4 5] [--scale 1]
 
@@ -35,12 +35,17 @@ WORDINGS = (
 )
 # Percent of the problems, by a hash of the canonical operands: 70 train, 15 validation, 15 test.
 SPLIT_BOUNDS = (("train", 70), ("validation", 85), ("test", 100))
+# Solutions of mixed quality: of those with a carry this share forgets it, so that the likelier answer is the wrong one.
+FORGETFUL = 0.6
+# The kinds of problem in them: the last one stays unknown to whoever learns from them.
+SCHOOLED = (1, 2, 3, 4)
 ROWS_PER_LEVEL = {
     ("problems", "train"): 500,
     ("problems", "validation"): 80,
     ("problems", "test"): 80,
     ("sft", "train"): 1200,
     ("sft", "validation"): 60,
+    ("mixed", "train"): 1500,
     ("pairs", "train"): 400,
     ("pairs", "validation"): 60,
     ("pairs", "test"): 60,
@@ -90,6 +95,9 @@ class Draw:
     def between(self, low: int, high: int) -> int:
         """A whole number from `low` to `high`, both included."""
         return low + int(self._random.random() * (high - low + 1))
+
+    def happens(self, probability: float) -> bool:
+        return self._random.random() < probability
 
     def one_of(self, items: Sequence[T]) -> T:
         return items[self.between(0, len(items) - 1)]
@@ -228,8 +236,22 @@ def faults(problem: Problem, draw: Draw) -> Iterator[Fault]:
             yield Fault(kind, step, wrong)
 
 
+def forgotten_carry(problem: Problem) -> Fault | None:
+    """The ten that is forgotten when the last digits are added (`7 + 6 = 3`); None where they carry nothing."""
+    values = evaluate(problem.steps)
+    for index, step in enumerate(problem.steps):
+        operands = operands_of(problem.steps, index, values, None)
+        ones = sum(operand % 10 for operand in operands)
+        if step.operator == "+" and ones >= 10:
+            return Fault("forgotten_carry", index, values[index] - ones // 10 * 10)
+    return None
+
+
 def plant(problem: Problem, draw: Draw) -> Fault:
-    """One error that leaves no negative number and changes the answer."""
+    """One error that leaves no negative number and changes the answer: every other time a forgotten carry, if it can be."""
+    carry = forgotten_carry(problem)
+    if carry and draw.happens(0.5):
+        return carry
     right = evaluate(problem.steps)
     for fault in faults(problem, draw):
         wrong = evaluate(problem.steps, fault)
@@ -253,11 +275,16 @@ def assistant(text: str) -> list[dict[str, str]]:
 
 
 def row(table: str, problem: Problem, question: str, draw: Draw) -> dict[str, object]:
-    labels = {"level": problem.level, "kind": problem.kind}
+    labels: dict[str, object] = {"level": problem.level, "kind": problem.kind}
     if table == "problems":
         return {"prompt": user(question), "answer": str(evaluate(problem.steps)[-1]), **labels}
     if table == "sft":
         return {"prompt": user(question), "completion": assistant(render(problem)), **labels}
+    if table == "mixed":
+        carry = forgotten_carry(problem)
+        slip = carry if carry and draw.happens(FORGETFUL) else None
+        labels = {"error": slip.kind if slip else None, **labels}
+        return {"prompt": user(question), "completion": assistant(render(problem, slip)), **labels}
     fault = plant(problem, draw)
     return {
         "prompt": user(question),
@@ -304,9 +331,10 @@ def main() -> None:
         count = round(usual * args.scale)
         file = args.output / table / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(item) + "\n" for item in rows(table, split, count, args.levels))
+        levels = [level for level in args.levels if table != "mixed" or level in SCHOOLED]
+        text = "".join(json.dumps(item) + "\n" for item in rows(table, split, count, levels))
         file.write_bytes(text.encode())
-        print(f"{file}: {count * len(args.levels)} rows, {len(text)} bytes")
+        print(f"{file}: {count * len(levels)} rows, {len(text)} bytes")
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from llmrl.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-PROBLEMS = {"laptop": ["--levels", "1", "--scale", "4"], "tiny": []}
-"""SmolLM2 gets two-digit sums only: a short fine-tuning on one kind of problem brings it from little to much."""
+PROBLEMS = ["--levels", "1", "--scale", "5"]
+"""Two-digit sums only: a short training on one kind of problem brings a small model from little to much."""
 SAMPLING = {
     "laptop": ["--max_problems", "160", "--num_pairs", "112", "--pairs_per_problem", "2", "--max_new_tokens", "48"],
-    "tiny": ["--max_problems", "800", "--num_pairs", "480", "--pairs_per_problem", "2", "--max_new_tokens", "64"],
+    "tiny": ["--max_problems", "800", "--num_pairs", "640", "--pairs_per_problem", "2", "--max_new_tokens", "64"],
 }
 SHOWN = 3
 Metrics = dict[str, Any]
@@ -52,7 +52,7 @@ def main() -> int:
     data, sft, pairs, dpo = out / "data", out / "sft", out / "pairs.jsonl", out / "dpo"
     if not (data / "pairs").exists():
         generator = [str(ROOT / "data/arithmetic/generate.py"), "--output", str(data)]
-        run(console, "problems and worked answers", [*generator, *PROBLEMS[preset]])
+        run(console, "problems and worked answers", [*generator, *PROBLEMS])
     judge = ["--task_evaluation.dataset_name", str(data / "problems")]
     changes = ["--dataset_name", str(data / "sft" / "train.jsonl"), *judge]
     recipe(console, "1/3 supervised fine-tuning on worked answers", "sft", preset, sft, *changes)

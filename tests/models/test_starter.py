@@ -8,7 +8,7 @@ import pytest
 from llmrl.errors import RefusedError
 from llmrl.models import starter as build_starter
 from llmrl.models.cache import SOURCE_FILE, is_whole
-from llmrl.models.starter import CHAT_TEMPLATE, VOCABULARY, _data_folder, _fingerprint, build_tokenizer
+from llmrl.models.starter import CHAT_TEMPLATE, TEXT, VOCABULARY, _data_folder, _fingerprint, build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = [{"role": "user", "content": "What is 55 + 99? End with the answer."}]
@@ -17,7 +17,7 @@ ANSWER = [{"role": "assistant", "content": "50 + 90 = 140\n5 + 9 = 14\n140 + 14 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(ROOT / "data" / "arithmetic" / "sft" / "train.jsonl")
+    return build_tokenizer(ROOT / "data" / "arithmetic" / TEXT)
 
 
 def test_special_tokens(tokenizer):
@@ -53,14 +53,14 @@ def test_the_data_is_found_from_anywhere_and_its_absence_named(monkeypatch, tmp_
     monkeypatch.setattr("llmrl.__file__", str(tmp_path / "site-packages" / "llmrl" / "__init__.py"))
     with pytest.raises(RefusedError, match=r"data/arithmetic.*checkout"):
         _data_folder()
-    (tmp_path / "data" / "arithmetic" / "sft").mkdir(parents=True)
-    (tmp_path / "data" / "arithmetic" / "sft" / "train.jsonl").write_text("{}")
+    (tmp_path / "data" / "arithmetic" / TEXT.parent).mkdir(parents=True)
+    (tmp_path / "data" / "arithmetic" / TEXT).write_text("{}")
     assert _data_folder() == tmp_path / "data" / "arithmetic"
 
 
 def test_other_data_makes_another_starter(tmp_path):
-    (tmp_path / "sft").mkdir()
-    file = tmp_path / "sft" / "train.jsonl"
+    (tmp_path / TEXT).parent.mkdir()
+    file = tmp_path / TEXT
     names = set()
     for text in ("a", "b"):
         file.write_text(text)
