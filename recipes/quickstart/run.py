@@ -32,7 +32,7 @@ PROBLEMS = ["--levels", "1", "--scale", "5"]
 """Two-digit sums only: a short training on one kind of problem brings a small model from little to much."""
 SAMPLING = {
     "laptop": ["--max_problems", "160", "--num_pairs", "112", "--pairs_per_problem", "2", "--max_new_tokens", "48"],
-    "tiny": ["--max_problems", "800", "--num_pairs", "640", "--pairs_per_problem", "2", "--max_new_tokens", "64"],
+    "tiny": ["--max_problems", "800", "--num_pairs", "960", "--pairs_per_problem", "2", "--max_new_tokens", "64"],
 }
 SHOWN = 3
 Metrics = dict[str, Any]

@@ -172,13 +172,14 @@ def _operands(equation: str) -> list[str]:
 
 def test_every_kind_of_error_in_every_position_is_there() -> None:
     pairs = rows("pairs/train.jsonl")
-    assert {row["error"] for row in pairs} == {"off_by_one", "off_by_ten", "swapped_digits", "misread_number"}
+    kinds = {"off_by_one", "off_by_ten", "swapped_digits", "misread_number", "forgotten_carry"}
+    assert {row["error"] for row in pairs} == kinds
     assert {row["wrong_step"] for row in pairs} == {1, 2, 3, 4}
 
 
 def test_the_readme_states_the_counts() -> None:
     readme = (FOLDER / "README.md").read_text()
-    for table in ("problems", "sft", "pairs"):
+    for table in ("problems", "sft", "mixed", "pairs"):
         counts = [
             f"{len(rows(f))}" for f in (f"{table}/{s}.jsonl" for s in ("train", "validation", "test")) if f in FILES
         ]

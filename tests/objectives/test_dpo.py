@@ -38,6 +38,8 @@ def one_pair(dtype: torch.dtype = torch.float32, groups: int = 1) -> tuple[torch
         ({"beta": 0.1, "loss_type": "hinge"}, 0.92),
         # [0.9 * 0.51301525 - 0.1 * 0.91301525] / 0.8, for -log sigma(-0.4) = 0.91301525.
         ({"beta": 0.5, "loss_type": "robust", "label_smoothing": 0.1}, 0.46301525),
+        # The chosen answer's negative log-likelihood a token is 1.7 / 3.
+        ({"beta": 0.1, "rpo_alpha": 2.0}, 0.65394697 + 2 * 1.7 / 3),
     ],
 )
 def test_hand_worked_losses(settings: dict[str, Any], expected: float) -> None:
@@ -57,6 +59,15 @@ def test_hand_worked_gradient_and_metrics() -> None:
     assert metrics["rewards/accuracies"].item() == 1.0
     assert metrics["logps/chosen"].item() == pytest.approx(-1.7)
     assert metrics["completions/chosen_length"].item() == 3
+
+
+def test_rpo_raises_the_chosen_answer_and_leaves_the_rejected_one_to_the_preference() -> None:
+    logprobs, scored = one_pair()
+    loss, metrics = DPO(beta=0.1, rpo_alpha=2.0)(logprobs, scored)
+    loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([-0.04800107 - 2 / 3] * 3 + [0.04800107] * 2, rel=1e-5)
+    assert metrics["nll_loss"].item() == pytest.approx(1.7 / 3)
 
 
 def test_token_rewards() -> None:
@@ -97,6 +108,8 @@ def test_a_large_loss_type_stays_finite() -> None:
         {"beta": -1.0},
         {"label_smoothing": 0.5},
         {"label_smoothing": -0.1},
+        {"rpo_alpha": -1.0},
+        {"rpo_alpha": math.nan},
         {"loss_type": "sigmoyd"},
         {"loss_type": "ipo", "label_smoothing": 0.1},
     ],
