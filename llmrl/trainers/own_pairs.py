@@ -35,8 +35,9 @@ def own_pairs(
 ) -> Iterator[dict[str, Any]]:
     """Rows `prompt, chosen, rejected` (conversational), at most `pairs_per_problem` each, as they come.
 
-    `problems` have `prompt_ids`, `answer` and `messages`. Each of a problem's pairs has another wrong answer; right ones
-    are used again where they are fewer. Only samples that ended by themselves are used. `tally` is kept up to date.
+    `problems` have `prompt_ids`, `answer` and `messages`. Each of a problem's pairs has another wrong answer; right
+    ones are used again where they are fewer. Only samples that ended by themselves are used. `tally` is kept up to
+    date.
     """
     for start in range(0, len(problems), PROBLEMS_AT_ONCE):
         asked = problems[start : start + PROBLEMS_AT_ONCE]
