@@ -1,12 +1,13 @@
 """Greedy accuracy on problems with known answers: what a recipe shows beside its loss.
 
 task = TaskEvaluation(config.task_evaluation, tokenizer, run.note)     # refuses bad problems before training
-result = task(model)                                                   # every rank gets the whole result
+result = task(model, run.console.say)                                  # every rank gets the whole result
 run.evaluation(step, "task", result.metrics)
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Completion, Engine, SamplingParams
 
 SAMPLES_SHOWN = 12
+SAID_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class TaskEvaluation:
                     "another column in task_evaluation.answer_column"
                 )
 
-    def __call__(self, model: nn.Module) -> TaskResult:
-        """Answer all problems greedily with `model` as it is."""
+    def __call__(self, model: nn.Module, say: Callable[[str], None] = lambda text: None) -> TaskResult:
+        """Answer all problems greedily with `model` as it is; `say` hears now and then how far it is."""
         engine = HuggingFaceEngine(model, self.tokenizer, max_rows=self.keys.batch_size)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = answer(engine, self.tokenizer, self.problems[rank::world], self.keys.max_new_tokens)
+        mine = self._answers(engine, self.problems[rank::world], say)
         if world == 1:
             return TaskResult(accuracy_metrics(mine), mine)
         shares: list[Any] = [None] * world
@@ -77,13 +79,21 @@ class TaskEvaluation:
         whole = [shares[i % world][i // world] for i in range(len(self.problems))]
         return TaskResult(accuracy_metrics(whole), whole)
 
-
-def greedy_accuracy(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, problems: Iterable[dict[str, Any]], max_new_tokens: int
-) -> TaskResult:
-    """Answer `problems` (rows of `prepare_problems`) greedily with any engine."""
-    answered = answer(engine, tokenizer, list(problems), max_new_tokens)
-    return TaskResult(accuracy_metrics(answered), answered)
+    def _answers(
+        self, engine: Engine, problems: Sequence[dict[str, Any]], say: Callable[[str], None]
+    ) -> list[Answered]:
+        """A batch at a time, prompts of similar length together."""
+        order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt_ids"]), reverse=True)
+        answered: dict[int, Answered] = {}
+        said = time.monotonic()
+        for start in range(0, len(order), self.keys.batch_size):
+            batch = order[start : start + self.keys.batch_size]
+            found = answer(engine, self.tokenizer, [problems[i] for i in batch], self.keys.max_new_tokens)
+            answered.update(zip(batch, found, strict=True))
+            if time.monotonic() - said > SAID_EVERY_SECONDS and len(answered) < len(problems):
+                said = time.monotonic()
+                say(f"answering problems: {len(answered)} of {len(problems)}")
+        return [answered[i] for i in range(len(problems))]
 
 
 def answer(

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmrl.runs.files import sync
+
 SOURCE_FILE = "source.json"  # written last: where the folder comes from, and the size of each of its files
 
 
@@ -71,18 +73,10 @@ def _make_and_publish(folder: Path, make: Callable[[Path], dict[str, Any]]) -> N
         files = {str(p.relative_to(unfinished)): p.stat().st_size for p in sorted(unfinished.rglob("*")) if p.is_file()}
         (unfinished / SOURCE_FILE).write_text(json.dumps({**source, "files": files}, indent=2) + "\n", encoding="utf-8")
         for path in unfinished.rglob("*"):
-            _fsync(path)
-        _fsync(unfinished)
+            sync(path)
+        sync(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        _fsync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -72,7 +72,7 @@ def task_evaluation(
 
     def evaluate() -> dict[str, dict[str, float]]:
         nonlocal label
-        result = task(learner.causal_lm)
+        result = task(learner.causal_lm, run.console.say)
         if run.is_main:
             update_samples(run.directory / "samples.json", label, result)
         label = "after"

@@ -123,7 +123,7 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
         if heldout is not None:
             found["heldout"] = trl_bridge.evaluation_metrics(trainer.evaluate())
         if task is not None:
-            result = task(trainer.model)
+            result = task(trainer.model, run.console.say)
             found["task"] = result.metrics
             if run.is_main:
                 label = "before" if trainer.state.global_step == 0 else "after"

@@ -7,7 +7,6 @@ stopped.
 """
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from llmrl import models
 from llmrl.errors import RefusedError
+from llmrl.runs.files import read_json, write_json
 from llmrl.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def output_directory(out: Path, console: Console) -> Path:
 
 def recipe(console: Console, title: str, method: str, preset: str, out: Path, *changes: str) -> None:
     """One training run, by the command that anyone would give; skipped where it is done."""
-    if read_json(out / "summary.json").get("status") == "completed":
+    if read_json(out / "summary.json", {}).get("status") == "completed":
         console.print(f"{title}: done before, in {out}")
         return
     command = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/accelerate/cpu.yaml")]
@@ -118,7 +118,7 @@ def run(console: Console, title: str, command: list[str]) -> None:
 
 def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) -> int:
     """The table, the report, and whether each stage was clearly above the one before."""
-    first, second = read_json(sft / "summary.json"), read_json(dpo / "summary.json")
+    first, second = read_json(sft / "summary.json", {}), read_json(dpo / "summary.json", {})
     stages = [
         ("start", first["eval_before"]["task"]),
         ("after SFT", first["eval_after"]["task"]),
@@ -126,7 +126,7 @@ def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) 
     ]
     shutil.copyfile(dpo / "metrics.jsonl", out / "metrics.jsonl")
     write_json(out / "stages.json", [{"label": label, "metrics": metrics} for label, metrics in stages])
-    write_json(out / "evals.json", read_json(dpo / "evals.json"))
+    write_json(out / "evals.json", read_json(dpo / "evals.json", {}))
     write_json(out / "samples.json", merged_samples(sft, dpo))
     clear = all(clearly_above(after, before) for (_, before), (_, after) in pairwise(stages))
     tokens = first["num_tokens"] + second["num_tokens"]
@@ -183,9 +183,9 @@ def clearly_above(after: Metrics, before: Metrics) -> bool:
 
 def merged_samples(sft: Path, dpo: Path) -> list[dict[str, Any]]:
     """The first problems with what each of the three models answered."""
-    later = {item["prompt"]: item for item in read_json(dpo / "samples.json")}
+    later = {item["prompt"]: item for item in read_json(dpo / "samples.json", {})}
     merged = []
-    for item in read_json(sft / "samples.json"):
+    for item in read_json(sft / "samples.json", {}):
         if item["prompt"] in later:
             answers = [(c, label) for label in ("before", "after") for c in item["completions"] if c["label"] == label]
             answers += [(c, "dpo") for c in later[item["prompt"]]["completions"] if c["label"] == "after"]
@@ -195,14 +195,6 @@ def merged_samples(sft: Path, dpo: Path) -> list[dict[str, Any]]:
     # Those that tell the stages apart first.
     merged.sort(key=lambda item: len({c["correct"] for c in item["completions"]}), reverse=True)
     return merged[:SHOWN]
-
-
-def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

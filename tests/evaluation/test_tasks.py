@@ -12,7 +12,7 @@ from support.words import word_tokenizer
 
 from llmrl.config import TaskEvaluationKeys
 from llmrl.errors import RefusedError
-from llmrl.evaluation.tasks import TaskEvaluation, greedy_accuracy, update_samples
+from llmrl.evaluation.tasks import TaskEvaluation, TaskResult, accuracy_metrics, answer, update_samples
 from llmrl.rollout.protocol import Completion, SamplingParams
 
 
@@ -48,7 +48,35 @@ def problems(*answers: str) -> list[dict]:
 
 def result_of(texts: list[str], *answers: str, reasons: list[str] | None = None):
     engine = Script(Numbers(), texts, reasons or ["stop"] * len(texts))
-    return greedy_accuracy(engine, Numbers(), problems(*answers), 8)
+    answered = answer(engine, Numbers(), problems(*answers), 8)
+    return TaskResult(accuracy_metrics(answered), answered)
+
+
+class Echo:
+    """Says its prompt again."""
+
+    def __init__(self, model: object, tokenizer: object, max_rows: int) -> None:
+        self.max_rows = max_rows
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
+        assert len(prompt_ids) <= self.max_rows
+        return [[Completion(list(ids), [0.0] * len(ids), "stop", 0)] for ids in prompt_ids]
+
+
+def test_answers_come_in_the_order_of_the_problems_and_it_is_said_how_far_it_is(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("llmrl.evaluation.tasks.HuggingFaceEngine", Echo)
+    monkeypatch.setattr("llmrl.evaluation.tasks.SAID_EVERY_SECONDS", 0.0)
+    task = TaskEvaluation.__new__(TaskEvaluation)
+    task.keys = TaskEvaluationKeys(dataset_name="nowhere", batch_size=2)
+    task.tokenizer = Numbers()
+    task.problems = problems("1", "2", "3", "4", "5")
+    for number, problem in enumerate(task.problems, 1):
+        problem["prompt_ids"] = [7] * (number % 3) + [number]
+    result = task(None, said.append)
+    assert result.metrics["accuracy"] == 1.0
+    assert [a.prompt for a in result.answered] == [f"problem {i}" for i in range(1, 6)]
+    assert said == ["answering problems: 2 of 5", "answering problems: 4 of 5"]
 
 
 def test_accuracy_interval_and_lengths():
