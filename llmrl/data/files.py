@@ -68,9 +68,12 @@ def _not_utf8(path: Path, line: int | None, error: UnicodeDecodeError) -> Refuse
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     line = 0
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with _open(path) as file:
-            for line, text in enumerate(file, 1):
+        # Line by line as bytes: a text file is decoded in blocks, so the line of a wrong byte could not be named.
+        with opener(path, "rb") as file:
+            for line, raw in enumerate(file, 1):
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
                 if text.strip():
                     yield line, json.loads(text)
     except json.JSONDecodeError as error:
@@ -79,7 +82,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
             "each line must hold one whole JSON object. Mend or remove the line"
         ) from None
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, line + 1, error) from None
+        raise _not_utf8(path, line, error) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise RefusedError(f"{path}, line {line}: cannot be read ({error}). Mend or remove the line") from None
 
 
 def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -158,7 +163,7 @@ class _Columns:
             values = [row.get(name) for row in rows]
             try:
                 arrays.append(pa.array(values))
-            except (pa.ArrowException, OverflowError) as error:
+            except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
                 raise RefusedError(self._misfit(name, values, error)) from None
         return pa.table(arrays, names=names)
 
@@ -170,9 +175,14 @@ class _Columns:
             try:
                 pa.array(values[: middle + 1])
                 low = middle + 1
-            except (pa.ArrowException, OverflowError):
+            except (pa.ArrowException, OverflowError, UnicodeEncodeError):
                 high = middle
         row = self.count - len(values) + low + 1
+        if isinstance(error, UnicodeEncodeError):
+            return (
+                f"{self.path}, row {row}, column `{name}`: half of a surrogate pair, as a character that was cut in "
+                "two leaves it; mend the text"
+            )
         return (
             f"{self.path}, row {row}, column `{name}`: its inner structure differs from the rows before ({error}); "
             "mend the row, or remove the column if it is not needed"

@@ -5,6 +5,7 @@ tokenizer has no template), so a model is asked as it was trained.
 """
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, Protocol
 
 from datasets import Dataset, DatasetDict, Value
@@ -80,7 +81,8 @@ class _Problems:
         if not isinstance(answer, str | int | float) or isinstance(answer, bool) or not str(answer).strip():
             given = "empty" if isinstance(answer, str) else kind_of(answer)
             raise RowFault(self.keys.answer_column, f"{given} where text or a number is expected; {MEND}")
-        return prompt, str(answer)
+        # Digits, never 1e-05: what is read out of a text are plain numbers.
+        return prompt, format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer)
 
     def batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
         """Token ids, text and answer of each row."""

@@ -152,6 +152,9 @@ class Learner:
         )
         sums: dict[str, list[float | Tensor]] = {}
         even = self._even(batches)
+        makes_reference = objective.needs_reference and any(
+            s.reference_logprobs is None for group in groups for s in group
+        )
         self.backend.model.train()
         with self.backend.step():
             for number, batch in enumerate(even, 1):
@@ -160,7 +163,7 @@ class Learner:
                     if batch:
                         loss = self._loss([groups[mine[i]] for i in batch], objective, totals, sums)
                     else:
-                        loss = self._dummy_loss()
+                        loss = self._dummy_loss(makes_reference)
                     self.backend.backward(loss, is_last)
         learning_rate = self.learning_rate
         grad_norm = self.backend.apply()
@@ -188,15 +191,20 @@ class Learner:
             scored = scored.with_reference(self._reference_scores(inputs))
         scores: Scores = self.backend.model(inputs)
         loss, metrics = objective.loss(scores.logprobs_N, scored)
-        # Kept as tensors: one copy to the host per step, not one per metric.
+        # Kept as tensors: they are copied to the host once a step, not once a micro-batch.
         sums.setdefault("loss", []).append((loss.detach(), 0))
         for name, values in metrics.items():
             sums.setdefault(name, []).append((values.detach().double().sum(), values.numel()))
         return loss
 
-    def _dummy_loss(self) -> Tensor:
-        """A forward and backward of nothing, for ranks with fewer micro-batches: collectives must be met by all."""
+    def _dummy_loss(self, makes_reference: bool) -> Tensor:
+        """The forwards and the backward of nothing, for ranks with fewer micro-batches: collectives are met by all.
+
+        `makes_reference`: the other ranks pass through the model without its adapter, too.
+        """
         inputs = forms.inputs(self.form, [forms.dummy_group()], self.device)
+        if makes_reference:
+            self._reference_scores(inputs)
         scores: Scores = self.backend.model(inputs)
         return scores.logprobs_N.sum() * 0.0
 

@@ -58,12 +58,16 @@ def _refuse_other_config(config: RunKeys, directory: Path) -> None:
     """Starting afresh replaces the metrics that are there, so they must be those of an earlier attempt at this run."""
     try:
         stored = yaml.load((directory / "config.yaml").read_text(encoding="utf-8"), Loader=CoreLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+    except FileNotFoundError:
         return
+    except (OSError, ValueError, yaml.YAMLError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise RefusedError(
+            f"output_dir {directory} holds a config.yaml that no run has written; name another output_dir"
+        )
     wanted = result_keys(config)
-    differences = (
-        differing_keys(config, {k: v for k, v in stored.items() if k in wanted}) if isinstance(stored, dict) else []
-    )
+    differences = differing_keys(config, {k: v for k, v in stored.items() if k in wanted})
     if differences:
         raise RefusedError(
             f"output_dir {directory} holds no checkpoint to resume, but another run, made with other values of\n"

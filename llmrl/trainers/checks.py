@@ -1,5 +1,6 @@
 """What `llmrl check` says of model, memory and disk: arithmetic on configurations, no weights are loaded."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from llmrl import models
 from llmrl.config import ModelKeys, OptimizationKeys, RunKeys
 from llmrl.errors import RefusedError
-from llmrl.learner.loading import DTYPES, load_config
+from llmrl.learner.loading import load_config, precision
 
 GIB = 2**30
 
@@ -49,13 +50,17 @@ def model_sizes(config: ModelKeys) -> Sizes:
 def fits(model: ModelKeys, optimization: OptimizationKeys, run: RunKeys) -> list[str]:
     """Lines about memory and disk. Raises RefusedError where the disk cannot hold what the run will write."""
     sizes = model_sizes(model)
-    width = DTYPES[model.dtype].itemsize if model.dtype != "auto" else 4
+    dtype, _ = precision(model, optimization.mixed_precision, lambda text: None)
+    width = dtype.itemsize
     trained_width = 4 if model.use_peft else width
     weights = (sizes.parameters - sizes.trained) * width + sizes.trained * trained_width
     optimizer = sizes.trained * (trained_width + 8)  # gradient, two moments in float32
     checkpoint = sizes.trained * (trained_width + 8)
     export = checkpoint // 3 if model.use_peft else sizes.parameters * width
-    kept = (run.save_total_limit or 1) + 1  # a new one is written before an old one goes
+    if run.save_total_limit:
+        kept = run.save_total_limit + 1  # a new one is written before an old one goes
+    else:
+        kept = math.ceil(max(optimization.max_steps, 1) / run.save_steps) if run.save_steps else 1
     needed = checkpoint * kept + export
     free = shutil.disk_usage(_existing(Path(run.output_dir))).free
     lines = [

@@ -1,14 +1,14 @@
 """Preference pairs from a model's own samples: a right answer preferred to a wrong one to the same problem."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.rewards.answers import is_correct
-from llmrl.rollout.protocol import Completion, Engine, SamplingParams
+from llmrl.rollout.protocol import Completion, Engine, SamplingParams, row_seed
 
 PROBLEMS_AT_ONCE = 16
 
@@ -41,7 +41,9 @@ def own_pairs(
     """
     for start in range(0, len(problems), PROBLEMS_AT_ONCE):
         asked = problems[start : start + PROBLEMS_AT_ONCE]
-        groups = engine.generate([p["prompt_ids"] for p in asked], sampling)
+        # A seed of its own for each call: the engine numbers its prompts from 0 every time.
+        seeded = replace(sampling, seed=row_seed(sampling.seed, start, 0))
+        groups = engine.generate([p["prompt_ids"] for p in asked], seeded)
         for problem, samples in zip(asked, groups, strict=True):
             right, wrong = _sorted_out(tokenizer, problem, samples, tally)
             # A model that knows the form repeats its right answers to the letter, so they take turns.

@@ -82,7 +82,7 @@ def train(
     from llmrl.rewards.model import load_reward_model, separate_padding
     from llmrl.runs import ranks
     from llmrl.trainers import trl_bridge
-    from llmrl.trainers.trl_session import Metrics, export, fit, scratch_of
+    from llmrl.trainers.trl_session import Metrics, check_export, export, fit, scratch_of
 
     trl_bridge.quieten()
     tokenizer, data = _data(config, run.note, dataset)
@@ -105,6 +105,7 @@ def train(
             return {}
         return {"heldout": pair_metrics(trainer.model, heldout, tokenizer.pad_token_id, 2 * rows)}
 
+    check_export(trainer, config.merge_adapter)
     fit(trainer, run, data.fingerprint, evaluate, callbacks)
     export(run.directory / "final", run, trainer, config.merge_adapter)
 
@@ -120,12 +121,12 @@ def _data(
     from llmrl import models
     from llmrl.data.preferences import prepare_preferences
     from llmrl.data.tokenization import check_vocabulary
-    from llmrl.learner.loading import load_config, load_tokenizer
+    from llmrl.learner.loading import load_config, load_tokenizer, stop_token_ids
 
     path = models.resolve(config.model_name_or_path, say)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, load_config(path))
-    return tokenizer, prepare_preferences(config, tokenizer, say, dataset=dataset)
+    return tokenizer, prepare_preferences(config, tokenizer, say, dataset=dataset, stop_token_ids=stop_token_ids(path))
 
 
 def _whole_sequences(pairs: "Dataset") -> "Dataset":

@@ -58,7 +58,7 @@ class Session:
             self.learner.load(run.checkpoint)
             self.state = TrainerState.load_from_json(str(run.checkpoint / STATE_FILE))
             self.state.is_world_process_zero = run.is_main
-            self._saved_at = self._evaluated_at = run.start_step
+            self._saved_at = run.start_step
         else:
             self._evaluate(0)
         self._tell("on_train_begin")
@@ -84,11 +84,15 @@ class Session:
             self._tell("on_log", logs=line)
 
     def finish(self) -> None:
-        """The last evaluation, the last checkpoint, and the model in `final/`."""
+        """The last checkpoint, the last evaluation, and the model in `final/`.
+
+        Saved first: whoever ends the process during a long evaluation loses the evaluation only, and a resumed run
+        makes it again.
+        """
+        self._save(self.state.global_step)
         if self._evaluated_at != self.state.global_step:
             self._evaluate(self.state.global_step)
         self._tell("on_train_end")
-        self._save(self.state.global_step)
         self._export(self.run.directory / "final")
         if self.run.config.push_to_hub and self.run.is_main:
             _push(self.run)
@@ -165,7 +169,7 @@ def _push(run: Run) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    repository = api.create_repo(run.config.hub_model_id or run.directory.name, exist_ok=True).repo_id
+    repository = api.create_repo(run.config.hub_model_id or run.directory.resolve().name, exist_ok=True).repo_id
     api.upload_folder(
         folder_path=run.directory / "final", repo_id=repository, commit_message="Upload the trained model"
     )

@@ -93,7 +93,7 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.learner.sharding import zero_stage
     from llmrl.runs import ranks
     from llmrl.trainers import trl_bridge
-    from llmrl.trainers.trl_session import Metrics, export, fit, scratch_of
+    from llmrl.trainers.trl_session import Metrics, check_export, export, fit, scratch_of
 
     trl_bridge.quieten()
     tokenizer, train_rows, heldout = _data(config, run.note, dataset)
@@ -110,6 +110,7 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
         "packing": config.packing,
     }
     trainer = trl_bridge.sft_trainer(model, tokenizer, train_rows, heldout, arguments)
+    check_export(trainer, config.merge_adapter)
     if task is not None and zero_stage(trainer.accelerator) == 3:
         raise RefusedError(
             "task_evaluation generates with the whole model on each process, which ZeRO-3 does not have; "

@@ -145,6 +145,12 @@ class Director(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
 
 
+def check_export(trainer: Trainer, merge_adapter: bool) -> None:
+    """Before training: raises `RefusedError` if `export` could not do what is asked."""
+    if merge_adapter and trainer.is_deepspeed_enabled:
+        raise RefusedError("merge_adapter: an adapter cannot be merged under DeepSpeed; set it to false")
+
+
 def export(folder: Path, run: Run, trainer: Trainer, merge_adapter: bool) -> None:
     """Write the trained model and its tokenizer into `folder`, whole or not at all, and upload it if that is asked."""
     pending = folder.with_name(f".tmp_{folder.name}")
@@ -152,8 +158,6 @@ def export(folder: Path, run: Run, trainer: Trainer, merge_adapter: bool) -> Non
         shutil.rmtree(pending, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     if merge_adapter and isinstance(trainer.model, PeftModel):
-        if trainer.is_deepspeed_enabled:
-            raise RefusedError("merge_adapter: an adapter cannot be merged under DeepSpeed; set it to false")
         if run.is_main:
             trainer.model.merge_and_unload().save_pretrained(pending)
     else:

@@ -50,9 +50,11 @@ def main() -> int:
     preset = available_preset(args.preset, console)
     out = output_directory(args.output_dir or ROOT / "runs" / f"quickstart-{preset}", console)
     data, sft, pairs, dpo = out / "data", out / "sft", out / "pairs.jsonl", out / "dpo"
-    if not (data / "pairs").exists():
-        generator = [str(ROOT / "data/arithmetic/generate.py"), "--output", str(data)]
+    if not data.exists():
+        unfinished = out / ".tmp_data"
+        generator = [str(ROOT / "data/arithmetic/generate.py"), "--output", str(unfinished)]
         run(console, "problems and worked answers", [*generator, *PROBLEMS])
+        unfinished.rename(data)
     judge = ["--task_evaluation.dataset_name", str(data / "problems")]
     changes = ["--dataset_name", str(data / "sft" / "train.jsonl"), *judge]
     recipe(console, "1/3 supervised fine-tuning on worked answers", "sft", preset, sft, *changes)

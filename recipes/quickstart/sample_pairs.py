@@ -18,6 +18,8 @@ from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import SamplingParams
 from llmrl.trainers.own_pairs import SamplingTally, own_pairs
 
+LEAST_PAIRS = 32
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,6 +60,11 @@ def main() -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if tally.pairs >= args.num_pairs:
                 break
+    if tally.pairs < LEAST_PAIRS:
+        raise SystemExit(
+            f"only {tally.pairs} pairs: of {tally.problems} problems {tally.mixed} had right and wrong answers. "
+            "Ask more problems, draw more samples, or take a model that is neither always right nor always wrong."
+        )
     os.replace(pending, args.output)
 
 

@@ -80,6 +80,11 @@ def test_a_faulty_problem_is_named(chat: PreTrainedTokenizerFast, changed: dict[
     assert words in refusal(chat, [good, {**good, **changed}, good])
 
 
+def test_a_number_is_written_out_in_digits(chat: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "p", "answer": answer} for answer in (1e-05, 1e20, 2.5)]
+    assert prepared(chat, rows)["answer"] == ["0.00001", "100000000000000000000", "2.5"]
+
+
 def test_a_missing_column_is_named_with_the_nearest(chat: PreTrainedTokenizerFast) -> None:
     message = refusal(chat, [{"prompt": "2+2?", "anwser": "4"}])
     assert "no column `answer`" in message

@@ -10,13 +10,13 @@ SAMPLING = SamplingParams(max_tokens=8, n=4)
 
 
 class Written:
-    """Gives each prompt the texts that are listed under its first token, and remembers how often it was asked."""
+    """Gives each prompt the texts that are listed under its first token, and remembers the seeds."""
 
     def __init__(self, texts: dict[int, list[tuple[str, str]]]) -> None:
-        self.texts, self.calls = texts, 0
+        self.texts, self.seeds = texts, list[int]()
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
-        self.calls += 1
+        self.seeds.append(sampling.seed)
         return [
             [Completion([ord(c) for c in text], [0.0] * len(text), reason, 0) for text, reason in self.texts[ids[0]]]
             for ids in prompt_ids
@@ -70,4 +70,6 @@ def test_pairs_come_as_they_are_made() -> None:
     engine = Written(texts)
     rows = own_pairs(engine, Letters(), [problem(i, "4") for i in texts], SAMPLING, 1, SamplingTally())
     assert next(rows)["prompt"] == [{"role": "user", "content": "problem 0"}]
-    assert engine.calls == 1
+    assert len(engine.seeds) == 1
+    list(rows)
+    assert len(set(engine.seeds)) == 3, "each call draws with random numbers of its own"

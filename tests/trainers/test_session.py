@@ -1,0 +1,100 @@
+"""When a run saves and evaluates at its end, and what a resumed one makes good, with a learner that learns nothing."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from transformers import TrainerState
+
+from llmrl.trainers.session import STATE_FILE, Session
+
+STEPS = 4
+
+
+class Learner:
+    """Writes a file where weights would be."""
+
+    def __init__(self) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        self.causal_lm = self.optimizer = self.scheduler = None
+
+    def save(self, folder: Path) -> None:
+        (folder / "weights").write_text("w")
+
+    def load(self, folder: Path) -> None:
+        assert (folder / "weights").exists()
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir()
+        self.save(folder)
+
+
+class Tokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+class Progress:
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def step(self, *facts: object) -> None:
+        pass
+
+
+class Run:
+    """Keeps a diary of what it is asked to do."""
+
+    def __init__(self, directory: Path, checkpoint: Path | None = None) -> None:
+        self.config = SimpleNamespace(
+            save_steps=0, eval_steps=0, logging_steps=1, save_total_limit=None, push_to_hub=False
+        )
+        self.directory, self.checkpoint, self.is_main, self.interrupted = directory, checkpoint, True, False
+        self.start_step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+        self.diary: list[str] = []
+
+    def progress(self, total: int) -> Progress:
+        return Progress()
+
+    def manifest(self, fingerprint: str) -> dict[str, Any]:
+        return {}
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def evaluation(self, step: int, name: str, metrics: dict[str, float]) -> None:
+        saved = sorted(folder.name for folder in (self.directory / "checkpoints").glob("step_*"))
+        self.diary.append(f"evaluated at {step} beside {saved}")
+
+
+def train(run: Run) -> None:
+    evaluate = lambda: {"task": {"accuracy": 0.5}}  # noqa: E731
+    session = Session(run, Learner(), Tokenizer(), STEPS, "data", evaluate)  # type: ignore[arg-type]
+    for _ in session.steps():
+        session.record({"loss": 1.0, "num_tokens": 1.0})
+    session.finish()
+
+
+def test_the_last_step_is_saved_before_the_last_evaluation(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    train(run)
+    assert run.diary == ["evaluated at 0 beside []", "evaluated at 4 beside ['step_4']"]
+    assert (tmp_path / "final" / "weights").exists()
+
+
+@pytest.mark.parametrize("killed_at", [2, 4])
+def test_a_run_resumed_from_any_checkpoint_makes_its_last_evaluation(tmp_path: Path, killed_at: int) -> None:
+    """Also from the last step's, where the kill came in the middle of that evaluation."""
+    checkpoint = tmp_path / "checkpoints" / f"step_{killed_at}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_text("w")
+    TrainerState(max_steps=STEPS, global_step=killed_at).save_to_json(str(checkpoint / STATE_FILE))
+    run = Run(tmp_path, checkpoint)
+    train(run)
+    assert [entry.split(" beside")[0] for entry in run.diary] == ["evaluated at 4"]
+    assert (tmp_path / "final" / "weights").exists()
