@@ -11,6 +11,7 @@ from llmrl.config.schema import all_paths
 ELSEWHERE = {
     "env": "environment variables are not set from the file: set them in the shell, before the command",
     "datasets": "mixtures are not supported: write one file, and name it in dataset_name",
+    "lr": "use learning_rate",
     "torch_dtype": "use dtype",
     "bf16": "use mixed_precision: bf16",
     "fp16": "use mixed_precision: fp16",

@@ -47,6 +47,8 @@ def read_json(path: Path) -> pa.Table:
             ) from None
         except UnicodeDecodeError as error:
             raise _not_utf8(path, None, error) from None
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(f"{path}: cannot be read ({error}); mend the file") from None
     return _table(((number, item) for number, item in enumerate(items, 1)), path)
 
 

@@ -13,7 +13,8 @@ MOST_DIGITS = 100  # a longer "number" is a model repeating itself, and Python r
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|\.\d+"
 # A sign belongs to the number only where no value stands right before it: "= -3" is negative, "5-3" ends in 3.
 _SIGN = r"(?P<sign>(?<![\w)\]}.])[-+])?"
-_NUMBER = re.compile(rf"(?<![\w.]){_SIGN}\$?(?P<value>{_UNSIGNED})(?:\s*/\s*(?P<below>\d+)(?![\d/]))?")
+_POWER = r"(?:[eE][-+]?\d{1,3}(?!\w))?"
+_NUMBER = re.compile(rf"(?<![\w.]){_SIGN}\$?(?P<value>(?:{_UNSIGNED}){_POWER})(?:\s*/\s*(?P<below>\d+)(?![\d/]))?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _MARK = re.compile(r"####|\banswer\b\s*(?:is|:|=)+", re.IGNORECASE)

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llmrl.errors import RunFailedError
+
 DECODE_ATTENTION = "llmrl_decode"
 # Implementations that `decode_attention` equals when there is one query token and nothing special about the layer.
 REPLACED = ("sdpa", "llmrl_tree")
@@ -94,4 +96,7 @@ def draw(logits_RV: Tensor, temperature: float, uniforms_R: Tensor | None) -> tu
         tokens_R = torch.searchsorted(cumulative_RV, threshold_R[:, None], right=True)[:, 0]
         tokens_R = tokens_R.clamp(max=logits_RV.shape[-1] - 1)
     chosen_R = logits_RV.gather(-1, tokens_R[:, None])[:, 0]
-    return tokens_R, chosen_R - logits_RV.logsumexp(-1)
+    logprobs_R = chosen_R - logits_RV.logsumexp(-1)
+    if not torch.isfinite(logprobs_R).all():
+        raise RunFailedError("the model's logits are not finite (NaN or infinite): its weights have broken down")
+    return tokens_R, logprobs_R

@@ -132,7 +132,14 @@ class HuggingFaceEngine:
             cache.batch_repeat_interleave(count)
         positions = shared + (mask.cumsum(1) - 1).clamp(min=0)
         mask = torch.cat([mask.new_ones((count, shared)), mask], dim=1)
-        return self._forward(ids, mask, positions, cache), cache, mask
+        logits = self._forward(ids, mask, positions, cache)
+        keeps_keys = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+        if not keeps_keys or cache.get_seq_length() != shared + width:
+            raise RefusedError(
+                f"{type(base_model(self.model)).__name__} does not keep its past as keys and values of each token, "
+                "and this engine samples only from models that do. Leave task_evaluation out for this model"
+            )
+        return logits, cache, mask
 
     @property
     def _any_token(self) -> int:

@@ -98,6 +98,19 @@ def latest(root: Path) -> Path | None:
     return whole[-1][2] if whole else None
 
 
+def damaged(root: Path) -> list[tuple[Path, str]]:
+    """Checkpoints newer than the newest whole one, and what is wrong with each: no kill leaves such behind."""
+    whole = _whole(root)
+    newest = whole[-1][0] if whole else -1
+    folder = root / "checkpoints"
+    newer = [
+        path
+        for path in (folder.iterdir() if folder.is_dir() else [])
+        if (match := STEP.fullmatch(path.name)) and int(match[1]) > newest
+    ]
+    return [(path, problem) for path in sorted(newer) if (problem := _inspect(path)[1])]
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint. Raises RefusedError saying what is wrong with one that is not whole."""
     manifest, problem = _inspect(path)

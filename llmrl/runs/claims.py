@@ -28,7 +28,14 @@ def checkpoint_to_resume(config: RunKeys, directory: Path) -> Path | None:
     if wanted is None:
         return None
     if wanted == "latest":
-        return checkpoints.latest(directory)
+        found = checkpoints.latest(directory)
+        if found is None and (damaged := checkpoints.damaged(directory)):
+            raise RefusedError(
+                f"no checkpoint of {directory} is whole: "
+                + "; ".join(f"{path.name}: {problem}" for path, problem in damaged)
+                + ". Restore it, or remove the directory to begin anew"
+            )
+        return found
     checkpoints.read_manifest(Path(wanted))
     return Path(wanted)
 

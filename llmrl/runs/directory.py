@@ -88,6 +88,8 @@ class Run:
             verify_checkpoint(config, checkpoint, run._manifest)
         if run.is_main:
             run._take_directory(argv)
+        for path, problem in checkpoints.damaged(directory) if config.resume_from_checkpoint == "latest" else []:
+            run.note(f"{path} is damaged ({problem}) and passed over; going on from {checkpoint}")
         return run
 
     def verify_dataset(self, dataset_fingerprint: str) -> None:

@@ -39,7 +39,10 @@ def main(
     must not import torch. `train(config, run)` does the work; see `Run` for what it may call and raise.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(run_command(config_type, describe, train, words))
+    code = run_command(config_type, describe, train, words)
+    if code in (0, RunInterruptedError.exit_code):  # the ends to which all ranks come together
+        ranks.leave_group()
+    sys.exit(code)
 
 
 def run_command(

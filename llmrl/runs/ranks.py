@@ -1,6 +1,7 @@
 """Which process of how many this is, as accelerate and torchrun tell it in the environment: no torch needed."""
 
 import os
+import sys
 
 
 def rank() -> int:
@@ -16,3 +17,13 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0
+
+
+def leave_group() -> None:
+    """Ends this process's part in torch's process group, where there is one.
+
+    A process that just exits may be aborted by the group's own threads, and the launcher then reports a failure.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

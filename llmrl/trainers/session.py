@@ -11,13 +11,15 @@ Invariants
 - A checkpoint is taken between steps, after the logging of its step, by all ranks together.
 """
 
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
-from llmrl.errors import RunInterruptedError
+from llmrl.errors import RunFailedError, RunInterruptedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.sharding import max_over_ranks
 from llmrl.runs import Run, checkpoints
@@ -55,7 +57,7 @@ class Session:
         """Numbers of the steps still to do, from 0; between two of them everything else happens."""
         run = self.run
         if run.checkpoint is not None:
-            self.learner.load(run.checkpoint)
+            self._load(run.checkpoint)
             self.state = TrainerState.load_from_json(str(run.checkpoint / STATE_FILE))
             self.state.is_world_process_zero = run.is_main
             self._saved_at = run.start_step
@@ -96,6 +98,16 @@ class Session:
         self._export(self.run.directory / "final")
         if self.run.config.push_to_hub and self.run.is_main:
             _push(self.run)
+
+    def _load(self, checkpoint: Path) -> None:
+        try:
+            self.learner.load(checkpoint)
+        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            raise RunFailedError(
+                f"{checkpoint} cannot be loaded, so its files must have been changed since they were written "
+                f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Name an older one: "
+                "--resume_from_checkpoint PATH"
+            ) from error
 
     def _after(self, step: int) -> None:
         config = self.run.config

@@ -14,6 +14,8 @@ from llmrl.rewards.answers import final_number, is_correct
     [
         ("60 + 80 = 140\n9 + 5 = 14\n140 + 14 = 154\nAnswer: 154", 154),
         ("The answer is 5 + 3 = 8", 8),
+        ("Answer: 1.5e3", 1500),
+        ("Answer: 2E-2", Fraction(1, 50)),
         ("the answer is: -$1,000", -1000),
         ("**Answer: 42**", 42),
         ("Answer:\n\n17", 17),

@@ -3,9 +3,18 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from llmrl.errors import RefusedError
+from llmrl.errors import RefusedError, RunFailedError
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import SamplingParams
 
@@ -61,6 +70,22 @@ def logprobs_of(model: torch.nn.Module, prompt: list[int], completion: list[int]
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
     return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def test_a_model_that_keeps_its_past_otherwise_is_refused():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=STOP)
+    with pytest.raises(RefusedError, match="MambaForCausalLM does not keep its past as keys and values"):
+        HuggingFaceEngine(MambaForCausalLM(config), Tokenizer()).generate(PROMPTS[:1], SamplingParams(4))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_gives_nan_is_an_error_and_not_a_low_score(temperature):
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(RunFailedError, match="not finite"):
+        HuggingFaceEngine(model, Tokenizer()).generate(PROMPTS, SamplingParams(4, temperature))
 
 
 @pytest.mark.parametrize("build", [llama, lambda: llama(kv_heads=4), gpt2, gemma2, lambda: with_lora(llama())])

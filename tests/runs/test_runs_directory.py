@@ -221,6 +221,26 @@ def test_going_on_cuts_metrics_and_evaluations_back_to_the_checkpoint(out: Path)
     assert read(out, "summary.json")["steps"] == 5
 
 
+def test_a_damaged_checkpoint_is_passed_over_aloud_and_refused_where_it_is_the_only_one(out: Path, capsys):
+    trained(out, steps=5, save=(2, 4))
+    checkpoints_of = out / "checkpoints"
+    next(f for f in (checkpoints_of / "step_4").rglob("*") if f.is_file() and f.name != "manifest.json").unlink()
+    assert Run.open(toy(out, resume_from_checkpoint="latest")).start_step == 2
+    assert "step_4 is damaged" in capsys.readouterr().out
+    (checkpoints_of / "step_2" / "manifest.json").write_text("{")
+    with pytest.raises(RefusedError, match=r"no checkpoint .* is whole.*step_2"):
+        Run.open(toy(out, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("text", ["hi\n", "- a\n", "{"])
+def test_somebody_elses_config_yaml_is_not_overwritten(out: Path, text: str):
+    out.mkdir(parents=True)
+    (out / "config.yaml").write_text(text)
+    with pytest.raises(RefusedError, match="no run has written"):
+        Run.open(toy(out, resume_from_checkpoint="latest"))
+    assert (out / "config.yaml").read_text() == text
+
+
 def test_nothing_changes_before_it_really_goes_on(out: Path):
     trained(out, steps=5, save=(2,))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -18,6 +18,7 @@ from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.loading import load_model
 from llmrl.learner.sharding import build_accelerator
 from llmrl.objectives.dpo import DPO
+from llmrl.runs import ranks
 
 
 def build(settings: dict[str, Any]) -> Learner:
@@ -104,3 +105,4 @@ def run(settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     run(json.loads(sys.argv[1]))
+    ranks.leave_group()
