@@ -250,7 +250,7 @@ def forgotten_carry(problem: Problem) -> Fault | None:
 def plant(problem: Problem, draw: Draw) -> Fault:
     """One error that leaves no negative number and changes the answer; every other time a forgotten carry, if any."""
     carry = forgotten_carry(problem)
-    if carry and draw.happens(0.5):
+    if carry and draw.happens(0.5) and min(evaluate(problem.steps, carry)) >= 0:
         return carry
     right = evaluate(problem.steps)
     for fault in faults(problem, draw):

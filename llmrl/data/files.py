@@ -59,8 +59,11 @@ def read_csv(path: Path) -> pa.Table:
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
+    return _opener(path)(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+def _opener(path: Path) -> Any:
+    return gzip.open if path.suffix == ".gz" else open
 
 
 def _not_utf8(path: Path, line: int | None, error: UnicodeDecodeError) -> RefusedError:
@@ -70,10 +73,9 @@ def _not_utf8(path: Path, line: int | None, error: UnicodeDecodeError) -> Refuse
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     line = 0
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
         # Line by line as bytes: a text file is decoded in blocks, so the line of a wrong byte could not be named.
-        with opener(path, "rb") as file:
+        with _opener(path)(path, "rb") as file:
             for line, raw in enumerate(file, 1):
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
                 if text.strip():

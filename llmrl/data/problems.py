@@ -81,7 +81,7 @@ class _Problems:
         if not isinstance(answer, str | int | float) or isinstance(answer, bool) or not str(answer).strip():
             given = "empty" if isinstance(answer, str) else kind_of(answer)
             raise RowFault(self.keys.answer_column, f"{given} where text or a number is expected; {MEND}")
-        # Digits, never 1e-05: what is read out of a text are plain numbers.
+        # Written out in digits, as people write an answer: never 1e-05.
         return prompt, format(Decimal(repr(answer)), "f") if isinstance(answer, float) else str(answer)
 
     def batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:

@@ -154,6 +154,7 @@ def test_a_rejected_solution_has_one_wrong_line_and_carries_its_result_on(file: 
         at = row["wrong_step"] - 1
         assert answer == value(expression(row)) != wrong_answer
         assert len(right) == len(wrong)
+        assert "-" not in re.sub(r" - ", " ", text(row, "rejected")), "no negative number"
         assert wrong[:at] == right[:at]
         assert wrong[at] != right[at]
         assert int(wrong[-1].split(" = ")[1]) == wrong_answer

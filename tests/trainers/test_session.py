@@ -8,6 +8,7 @@ import pytest
 from accelerate import Accelerator
 from transformers import TrainerState
 
+from llmrl.errors import RunFailedError
 from llmrl.trainers.session import STATE_FILE, Session
 
 STEPS = 4
@@ -98,3 +99,12 @@ def test_a_run_resumed_from_any_checkpoint_makes_its_last_evaluation(tmp_path: P
     train(run)
     assert [entry.split(" beside")[0] for entry in run.diary] == ["evaluated at 4"]
     assert (tmp_path / "final" / "weights").exists()
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_named_with_the_way_out(tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(self: Learner, folder: Path) -> None:
+        raise RuntimeError("invalid header")
+
+    monkeypatch.setattr(Learner, "load", broken)
+    with pytest.raises(RunFailedError, match=r"step_2 cannot be loaded.*invalid header.*--resume_from_checkpoint PATH"):
+        train(Run(tmp_path, tmp_path / "checkpoints" / "step_2"))
