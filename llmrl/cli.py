@@ -12,13 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from pydantic import BaseModel
-
 from llmrl import __version__
 from llmrl.config.nearest import nearest
 from llmrl.config.parse import parse
 from llmrl.config.source import read_yaml
 from llmrl.errors import LlmrlError, RefusedError
+from llmrl.runs import trackers
+from llmrl.runs.claims import claimable
 from llmrl.runs.console import Console, complain
 
 RECIPE_PRESETS = ("tiny.yaml", "laptop.yaml")
@@ -36,7 +36,9 @@ def check(words: Sequence[str]) -> None:
     config_file = _config_file(words[0])
     method = _method_of(config_file)
     module = _trainer(method)
-    config = parse(_config_type(module, method), ["--config", str(config_file), *words[1:]]).config
+    config = parse(module.Config, ["--config", str(config_file), *words[1:]]).config
+    claimable(config)
+    trackers.available(config.trackers)
     console = Console()
     for line in module.check(config):
         console.say(line)
@@ -155,15 +157,6 @@ def _trainer(method: str) -> ModuleType:
             f"there is no method `{method}`; did you mean `{nearest(method, METHODS)}`? Known are {', '.join(METHODS)}"
         )
     return importlib.import_module(METHODS[method])
-
-
-def _config_type(module: ModuleType, method: str) -> type[BaseModel]:
-    """The configuration in a trainer's module whose `method` key stands for this method."""
-    for value in vars(module).values():
-        fields = value.model_fields if isinstance(value, type) and issubclass(value, BaseModel) else {}
-        if "method" in fields and fields["method"].default == method:
-            return value
-    raise LlmrlError(f"{module.__name__} has no configuration for the method {method}")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,16 @@ class TaskEvaluation:
     """
 
     def __init__(
-        self, keys: TaskEvaluationKeys, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+        self,
+        keys: TaskEvaluationKeys,
+        tokenizer: PreTrainedTokenizerBase,
+        say: Callable[[str], None],
+        max_positions: int | None = None,
     ) -> None:
+        """`max_positions`: of the model that will answer, where it has a limit.
+
+        Raises RefusedError for a problem that no answer could be right for, or that leaves no room for one.
+        """
         self.keys, self.tokenizer = keys, tokenizer
         self.problems = list(prepare_problems(keys, tokenizer, say))
         for problem in self.problems:
@@ -65,6 +73,12 @@ class TaskEvaluation:
                     f"{keys.dataset_name}, row {problem['row']}, column `{keys.answer_column}`: "
                     f"{problem['answer']!r} holds no number, so no answer could be right. Mend the row, or name "
                     "another column in task_evaluation.answer_column"
+                )
+            if max_positions and len(problem["prompt_ids"]) + keys.max_new_tokens > max_positions:
+                raise RefusedError(
+                    f"{keys.dataset_name}, row {problem['row']}, column `{keys.prompt_column}`: "
+                    f"{len(problem['prompt_ids'])} tokens and task_evaluation.max_new_tokens {keys.max_new_tokens} "
+                    f"exceed the model's {max_positions} positions. Lower max_new_tokens, or shorten the row"
                 )
 
     def __call__(self, model: nn.Module, say: Callable[[str], None] = lambda text: None) -> TaskResult:

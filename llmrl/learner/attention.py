@@ -50,6 +50,7 @@ def tree_attention(
             **kwargs,
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = _in_one_dtype(query, key, value)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     window = _binding_window(layout, sliding_window)
@@ -64,9 +65,15 @@ def tree_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does before torch's own attention: rotary embeddings are float32, values are not."""
+    kind = tensors[0].device.type
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors) if torch.is_autocast_enabled(kind) else tensors
+
+
 def _binding_window(layout: TreeLayout, window: int | None) -> int | None:
     """A window that no sequence outgrows is no window."""
-    return window if window is not None and int(layout.positions.max()) >= window else None
+    return window if window is not None and layout.longest > window else None
 
 
 def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float) -> Tensor:

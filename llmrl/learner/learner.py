@@ -22,6 +22,9 @@ from llmrl.learner.policy import Policy, Scores
 from llmrl.learner.sequences import Floats, Group, split_into_microbatches, split_over_ranks
 from llmrl.objectives.scored import Objective, Totals
 
+MOST_OVERFLOWS = 40
+"""Updates in a row that float16's loss scale may spoil: it starts at 2**16 and halves, so by then it is 2**-24."""
+
 
 @dataclass(frozen=True)
 class LearnerOptions:
@@ -74,12 +77,16 @@ class Learner:
             eps=options.adam_epsilon,
             fused=True,
         )
+        self._overflows = 0
         self.scheduler = get_scheduler(
             options.lr_scheduler_type, self.optimizer, options.warmup_steps, max(options.total_steps, 1)
         )
         self.backend = sharding.build_backend(self.accelerator, self.policy, self.optimizer, options.max_grad_norm)
         # The scheduler is not prepared: accelerate would step it once per rank.
         state.register(self.accelerator, self.policy, self.scheduler)
+        if self.frozen is not None:
+            # An engine that casts the policy's weights (DeepSpeed in half precision) must not leave the copy behind.
+            self.frozen.to(next(self.policy.parameters()).dtype)
         self.form = forms.check(form, self._score_probe, self._precision(), self.device.type == "cpu", say)
 
     @property
@@ -124,7 +131,8 @@ class Learner:
 
     def _reference_scores(self, inputs: ModelInputs) -> Tensor:
         model = self.frozen if self.frozen is not None else self.backend.model
-        with reference.scoring(model), reference.adapters_off(self.policy):
+        # The copy was not prepared, so the mixed precision in which the policy computes is entered here.
+        with reference.scoring(model), reference.adapters_off(self.policy), self.accelerator.autocast():
             return model(inputs).logprobs_N
 
     def _frozen_reference(self) -> Policy:
@@ -140,7 +148,8 @@ class Learner:
         """One optimizer step on `groups` (all ranks' together); returns the means of the objective's metrics, and
         `loss`, `grad_norm`, `learning_rate`, `num_tokens`, `num_computed_tokens` of this step.
 
-        Raises RunFailedError if the loss or the gradient is not finite; the weights are then as they were.
+        Raises RunFailedError if the loss or the gradient is not finite. A gradient that float16's loss scale has made
+        so is no error: the scale is lowered, the weights stay, and `grad_norm` is NaN.
         """
         sizes = [forms.size(self.form, g) for g in groups]
         mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
@@ -168,12 +177,17 @@ class Learner:
         learning_rate = self.learning_rate
         grad_norm = self.backend.apply()
         metrics = self._means(sums)
-        if not (np.isfinite(grad_norm) and np.isfinite(metrics["loss"])):
+        self._overflows = self._overflows + 1 if self.backend.overflowed else 0
+        searching_scale = 0 < self._overflows < MOST_OVERFLOWS
+        if not (np.isfinite(metrics["loss"]) and (np.isfinite(grad_norm) or searching_scale)):
             raise RunFailedError(
-                f"loss {metrics['loss']}, gradient norm {grad_norm}: not finite, so the update was not applied. "
+                f"loss {metrics['loss']}, gradient norm {grad_norm}: not finite. "
                 "Lower learning_rate, or use dtype float32 or bfloat16 rather than float16."
             )
-        self.scheduler.step()
+        if searching_scale:
+            grad_norm = float("nan")
+        else:
+            self.scheduler.step()
         return {
             **metrics,
             "grad_norm": grad_norm,

@@ -44,6 +44,11 @@ def load_config(path: str) -> Any:
     return _loaded(path, "model configuration", lambda: AutoConfig.from_pretrained(_base_of(path)))
 
 
+def max_positions(path: str) -> int | None:
+    """The longest sequence that the model can take, in tokens; None where its configuration names no limit."""
+    return getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
+
+
 def stop_token_ids(path: str) -> set[int]:
     """Where generation stops beside the tokenizer's end-of-sequence token: at the end of Gemma's turns, say."""
     try:
@@ -62,6 +67,8 @@ def precision(keys: ModelKeys, mixed_precision: str, say: Say) -> tuple[torch.dt
     dtype = DTYPES.get(keys.dtype) or (torch.bfloat16 if on_gpu and keys.use_peft else torch.float32)
     if mixed_precision == "auto":
         mixed_precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() and dtype != torch.float16 else "no"
+    if not on_gpu and mixed_precision == "fp16":
+        raise RefusedError("mixed_precision fp16 needs a GPU, and none is here; use no (or bf16)")
     if not on_gpu and (dtype != torch.float32 or mixed_precision != "no"):
         say("Half precision on a CPU is many times slower than float32; use dtype: float32 and mixed_precision: no.")
     return dtype, mixed_precision
@@ -74,16 +81,31 @@ def load_model(path: str, keys: ModelKeys, dtype: torch.dtype, say: Say) -> PreT
     """
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    attention = {} if keys.attn_implementation == "auto" else {"attn_implementation": keys.attn_implementation}
     model = _loaded(
         path,
         "model",
-        lambda: AutoModelForCausalLM.from_pretrained(_base_of(path), dtype=dtype, use_safetensors=True, **attention),
+        lambda: AutoModelForCausalLM.from_pretrained(
+            _base_of(path), dtype=dtype, use_safetensors=True, **_attention(keys)
+        ),
     )
+    if not keys.use_peft and (unused := _lora_keys_given(keys)):
+        say(f"use_peft is false: all weights are trained, and {', '.join(unused)} has no effect.")
     if _is_adapter(path):
         say(f"{path} is an adapter: it is merged into its base before training.")
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
     return add_lora(model, keys) if keys.use_peft else model
+
+
+def model_without_storage(path: str, keys: ModelKeys) -> PreTrainedModel | PeftModel:
+    """As `load_model`, but on the meta device: its parameters can be counted, and no weights are read."""
+    description = load_config(path)
+    with torch.device("meta"):
+        model = _loaded(path, "model", lambda: AutoModelForCausalLM.from_config(description, **_attention(keys)))
+        return add_lora(model, keys) if keys.use_peft else model
+
+
+def _attention(keys: ModelKeys) -> dict[str, str]:
+    return {} if keys.attn_implementation == "auto" else {"attn_implementation": keys.attn_implementation}
 
 
 def add_lora(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
@@ -108,6 +130,11 @@ def add_lora(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
         raise RefusedError(f"lora_target_modules {modules!r} does not fit {type(model).__name__}: {error}") from None
 
 
+def _lora_keys_given(keys: ModelKeys) -> list[str]:
+    fields = ModelKeys.model_fields
+    return [name for name in fields if name.startswith("lora_") and getattr(keys, name) != fields[name].default]
+
+
 def _output_name(model: PreTrainedModel) -> str:
     head = model.get_output_embeddings()
     return next((name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head), "lm_head")
@@ -129,6 +156,6 @@ def _base_of(path: str) -> str:
 def _loaded(path: str, what: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise RefusedError(f"model_name_or_path: the {what} of {path} cannot be loaded: {reason}") from error

@@ -8,6 +8,7 @@ Invariants
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,6 +36,11 @@ class TreeLayout:
     nodes: list[Node]
     positions: Tensor
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; on the host, fetched once per layout."""
+        return int(self.positions.max()) + 1
 
     def mask(self, window: int | None = None) -> Tensor:
         """[T, T] bool, True = row attends to column; with `window`, only to the last `window` positions, its own too.

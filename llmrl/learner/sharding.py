@@ -63,6 +63,8 @@ class Backend(Protocol):
     """How gradients are accumulated, reduced and applied."""
 
     model: nn.Module
+    overflowed: bool
+    """The last `apply` changed no weight: float16's loss scale was too high for it, and has been lowered."""
 
     def step(self) -> AbstractContextManager[None]:
         """Around all the micro-batches of one optimizer step."""
@@ -83,7 +85,7 @@ class PlainBackend:
     def __init__(
         self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
-        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self.accelerator, self.max_grad_norm, self.overflowed = accelerator, max_grad_norm, False
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise RefusedError(
@@ -102,8 +104,12 @@ class PlainBackend:
 
     def apply(self) -> float:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
-        if torch.isfinite(norm):
+        scaler = self.accelerator.scaler
+        scale = None if scaler is None else scaler.get_scale()
+        if scale is not None or torch.isfinite(norm):  # a loss scaler leaves the step out itself, and must hear of it
             self.optimizer.step()
+        # `optimizer.step_was_skipped` does not tell: a fused optimizer's step is called, and skips on the device.
+        self.overflowed = scale is not None and scaler.get_scale() < scale
         self.optimizer.zero_grad()
         return float(norm)
 
@@ -120,7 +126,7 @@ class DeepSpeedBackend:
             raise RefusedError(
                 "DeepSpeed with ZeRO stage 0 is plain DDP: launch with launch/accelerate/cpu_ddp.yaml or ddp8.yaml"
             )
-        self.accelerator = accelerator
+        self.accelerator, self.overflowed = accelerator, False
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         self.engine: Any = self.model
 
@@ -136,6 +142,7 @@ class DeepSpeedBackend:
     def apply(self) -> float:
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
+        self.overflowed = bool(getattr(self.engine.optimizer, "overflow", False))
         return float(self.engine.get_global_grad_norm())
 
 

@@ -8,6 +8,7 @@ Shapes: R rows in a batch (a row is one sample of one prompt), U different promp
 vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,7 @@ class HuggingFaceEngine:
         that all end in the same column; positions do not count the padding.
         """
         cache = DynamicCache(config=base_model(self.model).config)
-        shared = _common_prefix(prompts) if _all_full_attention(cache) else 0
+        shared = _common_prefix(prompts) if self._can_skip_padding(cache) else 0
         count, width = len(prompts), max(map(len, prompts)) - shared
         ids = torch.full((count, width), self._any_token, device=device)
         mask = torch.zeros((count, width), dtype=torch.long, device=device)
@@ -140,6 +141,14 @@ class HuggingFaceEngine:
                 "and this engine samples only from models that do. Leave task_evaluation out for this model"
             )
         return logits, cache, mask
+
+    def _can_skip_padding(self, cache: DynamicCache) -> bool:
+        """Whether a key's place in the cache does not matter: padding may then lie between a shared start and the rest.
+
+        It would shift sliding windows, enter recurrent states, and move what models without `position_ids` (MPT) count.
+        """
+        plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+        return plain and "position_ids" in inspect.signature(base_model(self.model).forward).parameters
 
     @property
     def _any_token(self) -> int:
@@ -215,11 +224,6 @@ class _Decoding:
             Completion(tokens[i][:length], logprobs[i][:length], "stop" if stopped else "length", self.rows[i].seed)
             for i, (length, stopped) in enumerate(zip(self._lengths.tolist(), self._stopped.tolist(), strict=True))
         ]
-
-
-def _all_full_attention(cache: DynamicCache) -> bool:
-    """Padding between a shared start and the rest would shift sliding windows and enter recurrent states."""
-    return bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _common_prefix(prompts: list[list[int]]) -> int:

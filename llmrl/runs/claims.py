@@ -5,6 +5,7 @@ whose configuration agrees with it in every key that changes the result. A direc
 `OURS`; other files in it (a scheduler's log, notes) are left alone and do not matter.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,22 @@ def checkpoint_to_resume(config: RunKeys, directory: Path) -> Path | None:
         return found
     checkpoints.read_manifest(Path(wanted))
     return Path(wanted)
+
+
+def claimable(config: RunKeys) -> Path | None:
+    """Whether the run could begin in its output_dir, and from which checkpoint; changes nothing.
+
+    Raises RefusedError where it could not: another run's directory or checkpoint, no checkpoint, no permission.
+    """
+    directory = Path(config.output_dir)
+    checkpoint = checkpoint_to_resume(config, directory)
+    refuse_occupied(config, directory, checkpoint)
+    if checkpoint is not None:
+        verify_checkpoint(config, checkpoint, checkpoints.read_manifest(checkpoint))
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise RefusedError(f"output_dir {directory} cannot be used: no permission to write into {there}")
+    return checkpoint
 
 
 def refuse_occupied(config: RunKeys, directory: Path, checkpoint: Path | None) -> None:
@@ -84,7 +101,7 @@ def _refuse_other_config(config: RunKeys, directory: Path) -> None:
 
 
 def verify_checkpoint(config: RunKeys, checkpoint: Path, manifest: dict[str, Any]) -> None:
-    """Raises RefusedError when the checkpoint belongs to another run or to another number of processes."""
+    """Raises RefusedError when the checkpoint belongs to another run."""
     differences = differing_keys(config, manifest.get("config", {}))
     if differences:
         raise RefusedError(
@@ -92,6 +109,10 @@ def verify_checkpoint(config: RunKeys, checkpoint: Path, manifest: dict[str, Any
             + "".join(f"  - {line}\n" for line in differences)
             + "Give the same values to go on with it, or start a new run in another output_dir"
         )
+
+
+def verify_world_size(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Raises RefusedError when the checkpoint belongs to another number of processes."""
     before = manifest.get("world_size", 1)
     if before != ranks.world_size():
         raise RefusedError(

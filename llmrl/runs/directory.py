@@ -18,7 +18,7 @@ from llmrl.config.keys import RunKeys
 from llmrl.config.resolved import fingerprint, result_keys, to_yaml
 from llmrl.errors import RefusedError, RunInterruptedError
 from llmrl.runs import checkpoints, ranks, trackers
-from llmrl.runs.claims import OURS, checkpoint_to_resume, refuse_occupied, verify_checkpoint
+from llmrl.runs.claims import OURS, checkpoint_to_resume, refuse_occupied, verify_checkpoint, verify_world_size
 from llmrl.runs.console import Console
 from llmrl.runs.environment import describe_environment
 from llmrl.runs.files import write_json, write_text
@@ -86,6 +86,7 @@ class Run:
         run = cls(config, checkpoint)
         if checkpoint is not None:
             verify_checkpoint(config, checkpoint, run._manifest)
+            verify_world_size(checkpoint, run._manifest)
         if run.is_main:
             run._take_directory(argv)
         for path, problem in checkpoints.damaged(directory) if config.resume_from_checkpoint == "latest" else []:

@@ -4,46 +4,29 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmrl import models
 from llmrl.config import ModelKeys, OptimizationKeys, RunKeys
 from llmrl.errors import RefusedError
-from llmrl.learner.loading import load_config, precision
+from llmrl.learner.loading import model_without_storage, precision
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: all, trained ones, and those of the largest activation-bearing widths."""
+    """Numbers of parameters: all, and those that are trained."""
 
     parameters: int
     trained: int
-    hidden: int
-    layers: int
-    vocabulary: int
 
 
 def model_sizes(config: ModelKeys) -> Sizes:
     """Counted on a model without storage, the adapter included."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from llmrl.learner.loading import add_lora
-
-    description = load_config(models.resolve(config.model_name_or_path))
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(description)
-        if config.use_peft:
-            model = add_lora(model, config)
-    text = description.get_text_config()
+    model = model_without_storage(models.resolve(config.model_name_or_path), config)
     return Sizes(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        hidden=text.hidden_size,
-        layers=text.num_hidden_layers,
-        vocabulary=text.vocab_size,
     )
 
 

@@ -5,7 +5,7 @@ Rafailov et al., arXiv 2305.18290. The loss is `llmrl.objectives.dpo`; this file
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from llmrl.data.preferences import PreferenceData
-    from llmrl.evaluation.tasks import TaskEvaluation
     from llmrl.learner.learner import Learner
     from llmrl.learner.sequences import Group
     from llmrl.runs import Run
@@ -93,10 +92,11 @@ def describe(config: DPOConfig, world_size: int) -> dict[str, str | int | float]
 def check(config: DPOConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
     from llmrl.trainers import checks
+    from llmrl.trainers.setup import task_problems
 
     said: list[str] = []
     tokenizer, data = _data(config, said.append)
-    _problems(config, tokenizer, said.append)
+    task_problems(config.task_evaluation, config, tokenizer, said.append)
     steps = num_steps(config, len(data.train))
     said.append(f"{len(data.train)} pairs to train on, {len(data.heldout or [])} held out; {steps} optimizer steps")
     return said + checks.fits(config, config, config)
@@ -108,11 +108,11 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.evaluation.preferences import preference_metrics
     from llmrl.objectives.dpo import DPO
     from llmrl.trainers.session import Session
-    from llmrl.trainers.setup import build_learner, task_evaluation
+    from llmrl.trainers.setup import build_learner, task_evaluation, task_problems
 
     tokenizer, data = _data(config, run.note, dataset)
     run.verify_dataset(data.fingerprint)
-    problems = _problems(config, tokenizer, run.note)
+    problems = task_problems(config.task_evaluation, config, tokenizer, run.note)
     total_steps = num_steps(config, len(data.train))
     learner = build_learner(config, config, config, total_steps, run.note)
     objective = DPO(config.beta, config.loss_type, config.label_smoothing, config.rpo_alpha).objective()
@@ -120,10 +120,10 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     def rows_of(step: int) -> list[int]:
         return rows_for_step(step, config.pairs_per_step, len(data.train), config.seed)
 
-    reference = _precomputed(learner, data, [rows_of(s) for s in range(total_steps)], run)
+    reference = _precomputed(learner, data, (rows_of(s) for s in range(total_steps)), run)
     heldout = [_pair(row) for row in data.heldout or []]
     heldout = [_with_reference(g, r) for g, r in zip(heldout, learner.logprobs(heldout), strict=True)]
-    answer_problems = task_evaluation(problems, learner, run)
+    answer_problems = task_evaluation(problems, learner.causal_lm, learner.accelerator, run)
 
     def evaluate() -> dict[str, dict[str, float]]:
         found = {"preference": preference_metrics(heldout, learner.logprobs(heldout), objective)} if heldout else {}
@@ -162,14 +162,6 @@ def _data(
     )
 
 
-def _problems(
-    config: DPOConfig, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]
-) -> "TaskEvaluation | None":
-    from llmrl.evaluation.tasks import TaskEvaluation
-
-    return TaskEvaluation(config.task_evaluation, tokenizer, say) if config.task_evaluation else None
-
-
 def _pair(row: dict[str, Any]) -> "Group":
     """A tokenised row -> the group (chosen, rejected)."""
     from llmrl.learner.sequences import completion
@@ -184,7 +176,7 @@ def _with_reference(group: "Group", logprobs: list[Any] | None) -> "Group":
 
 
 def _precomputed(
-    learner: "Learner", data: "PreferenceData", steps: list[list[int]], run: "Run"
+    learner: "Learner", data: "PreferenceData", steps: Iterable[list[int]], run: "Run"
 ) -> dict[int, list[Any]]:
     """The reference's log-probabilities of every pair that will be used, by row; empty where they are made on the way.
 
@@ -196,6 +188,8 @@ def _precomputed(
         return known
     run.note("Computing the reference's log-probabilities with the initial weights.")
     for rows in steps:
+        if len(known) == len(data.train):
+            break
         if any(row not in known for row in rows):
             scored = learner.logprobs([_pair(data.train[row]) for row in rows])
             for row, logprobs in zip(rows, scored, strict=True):

@@ -4,14 +4,16 @@ import math
 from collections.abc import Callable
 from typing import Literal, Protocol
 
-from transformers import set_seed
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from llmrl import models
-from llmrl.config import ModelKeys, OptimizationKeys
+from llmrl.config import ModelKeys, OptimizationKeys, TaskEvaluationKeys
 from llmrl.errors import RefusedError
 from llmrl.evaluation.tasks import TaskEvaluation, update_samples
 from llmrl.learner.learner import Learner, LearnerOptions
-from llmrl.learner.loading import load_model, precision
+from llmrl.learner.loading import load_model, max_positions, precision
 from llmrl.learner.sharding import build_accelerator, zero_stage
 from llmrl.runs import Run
 
@@ -54,16 +56,25 @@ def build_learner(
     return Learner(causal_lm, options, accelerator, say)
 
 
+def task_problems(
+    keys: TaskEvaluationKeys | None, model: ModelKeys, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]
+) -> TaskEvaluation | None:
+    """The problems of a `task_evaluation` section, checked against the model that will answer them."""
+    if keys is None:
+        return None
+    return TaskEvaluation(keys, tokenizer, say, max_positions(models.resolve(model.model_name_or_path)))
+
+
 def task_evaluation(
-    task: TaskEvaluation | None, learner: Learner, run: Run
+    task: TaskEvaluation | None, model: nn.Module, accelerator: Accelerator, run: Run
 ) -> Callable[[], dict[str, dict[str, float]]]:
-    """Greedy accuracy of the learner's model as it is, by name; nothing where none was asked for.
+    """Greedy accuracy of the model as it is, by name; nothing where none was asked for.
 
     The answers of the first and of the latest call are kept in samples.json for the report.
     """
     if task is None:
         return dict
-    if zero_stage(learner.accelerator) == 3:
+    if zero_stage(accelerator) == 3:
         raise RefusedError(
             "task_evaluation generates with the whole model on each process, which ZeRO-3 does not have; "
             "leave the section out, or launch with ZeRO-2 or DDP"
@@ -72,7 +83,8 @@ def task_evaluation(
 
     def evaluate() -> dict[str, dict[str, float]]:
         nonlocal label
-        result = task(learner.causal_lm, run.console.say)
+        with accelerator.autocast():  # answered in the precision that is trained in
+            result = task(model, run.console.say)
         if run.is_main:
             update_samples(run.directory / "samples.json", label, result)
         label = "after"

@@ -72,13 +72,11 @@ def describe(config: SFTConfig, world_size: int) -> dict[str, str | int | float]
 def check(config: SFTConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
     from llmrl.trainers import checks
+    from llmrl.trainers.setup import task_problems
 
     said: list[str] = []
     tokenizer, train_rows, heldout = _data(config, said.append)
-    if config.task_evaluation is not None:
-        from llmrl.evaluation.tasks import TaskEvaluation
-
-        TaskEvaluation(config.task_evaluation, tokenizer, said.append)
+    task_problems(config.task_evaluation, config, tokenizer, said.append)
     said.append(f"{len(train_rows)} sequences to train on, {len(heldout or [])} held out")
     return said + checks.fits(config, config, config)
 
@@ -88,16 +86,15 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from transformers import set_seed
 
     from llmrl import models
-    from llmrl.evaluation.tasks import TaskEvaluation, update_samples
     from llmrl.learner.loading import load_model, precision
-    from llmrl.learner.sharding import zero_stage
     from llmrl.runs import ranks
     from llmrl.trainers import trl_bridge
+    from llmrl.trainers.setup import task_evaluation, task_problems
     from llmrl.trainers.trl_session import Metrics, check_export, export, fit, scratch_of
 
     trl_bridge.quieten()
     tokenizer, train_rows, heldout = _data(config, run.note, dataset)
-    task = TaskEvaluation(config.task_evaluation, tokenizer, run.note) if config.task_evaluation else None
+    problems = task_problems(config.task_evaluation, config, tokenizer, run.note)
     dtype, mixed_precision = precision(config, config.mixed_precision, run.note)
     set_seed(config.seed)
     model = load_model(models.resolve(config.model_name_or_path, run.note), config, dtype, run.note)
@@ -111,25 +108,13 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     }
     trainer = trl_bridge.sft_trainer(model, tokenizer, train_rows, heldout, arguments)
     check_export(trainer, config.merge_adapter)
-    if task is not None and zero_stage(trainer.accelerator) == 3:
-        raise RefusedError(
-            "task_evaluation generates with the whole model on each process, which ZeRO-3 does not have; "
-            "leave the section out, or launch with ZeRO-2 or DDP"
-        )
+    answer_problems = task_evaluation(problems, trainer.model, trainer.accelerator, run)
     if not config.packing:
         _count_lost(config, len(train_rows), len(trainer.train_dataset), run.note)
 
     def evaluate() -> dict[str, Metrics]:
-        found: dict[str, Metrics] = {}
-        if heldout is not None:
-            found["heldout"] = trl_bridge.evaluation_metrics(trainer.evaluate())
-        if task is not None:
-            result = task(trainer.model, run.console.say)
-            found["task"] = result.metrics
-            if run.is_main:
-                label = "before" if trainer.state.global_step == 0 else "after"
-                update_samples(run.directory / "samples.json", label, result)
-        return found
+        heldout_loss = {} if heldout is None else {"heldout": trl_bridge.evaluation_metrics(trainer.evaluate())}
+        return heldout_loss | answer_problems()
 
     fit(trainer, run, trl_bridge.fingerprint(trainer.train_dataset, ("input_ids", "labels")), evaluate, callbacks)
     export(run.directory / "final", run, trainer, config.merge_adapter)

@@ -117,6 +117,16 @@ def test_answers_without_a_number_are_refused_before_training(tmp_path):
         TaskEvaluation(keys, word_tokenizer(), lambda text: None)
 
 
+def test_a_problem_that_leaves_no_room_for_an_answer_is_named_by_its_row(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"prompt": "cat", "answer": "7"}\n{"prompt": "cat dog cat dog", "answer": "8"}\n')
+    keys = TaskEvaluationKeys(dataset_name=str(file), dataset_test_split="train", max_new_tokens=6)
+    longest = max(len(p["prompt_ids"]) for p in TaskEvaluation(keys, word_tokenizer(), print).problems)
+    TaskEvaluation(keys, word_tokenizer(), print, max_positions=longest + 6)
+    with pytest.raises(RefusedError, match=r"row 2, column `prompt`: \d+ tokens and task_evaluation.max_new_tokens 6"):
+        TaskEvaluation(keys, word_tokenizer(), print, max_positions=longest + 5)
+
+
 RANK = """
 import json, sys
 import torch.distributed as dist

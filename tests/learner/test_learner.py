@@ -1,6 +1,7 @@
 """What the learner promises beside gradients: references, refusals, frozen parts, exact state."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from support.groups import random_pairs
 from support.models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from llmrl.config import ModelKeys
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import MOST_OVERFLOWS, Learner, LearnerOptions
 from llmrl.learner.loading import add_lora
 from llmrl.learner.policy import Policy
 from llmrl.objectives.dpo import DPO
@@ -135,6 +137,65 @@ def test_a_loss_that_is_not_finite_changes_nothing(where: str, draw: np.random.G
     with pytest.raises(RunFailedError, match="not finite"):
         learner.update(random_pairs(draw, 2), Objective(broken))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps one state for the whole process, and another precision needs another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_frozen_reference_computes_in_the_policys_mixed_precision(draw: np.random.Generator) -> None:
+    exact = Learner(make_tiny_model(), LearnerOptions(reference="precomputed"), Accelerator(cpu=True), print)
+    pairs = random_pairs(draw, 6)
+    exact_logprobs = exact.logprobs(pairs)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    learner = Learner(
+        make_tiny_model(), LearnerOptions(reference="frozen"), Accelerator(cpu=True, mixed_precision="bf16"), print
+    )
+    assert np.abs(learner.logprobs(pairs)[0][0] - exact_logprobs[0][0]).max() > 1e-5  # the precision is really another
+    assert learner.update(pairs, DPO_LOSS)["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.fixture
+def scaling_learner(fresh_accelerator: None, monkeypatch: pytest.MonkeyPatch) -> Learner:
+    """A learner with float16's loss scaler, which accelerate makes for GPUs only: torch's own, put in by hand."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0**24))
+    monkeypatch.setattr(accelerator, "native_amp", True)
+    monkeypatch.setitem(accelerator.state.__dict__, "_mixed_precision", "fp16")
+    return Learner(make_tiny_model(), LearnerOptions(reference="frozen", total_steps=9), accelerator, print)
+
+
+def test_an_overflow_lowers_the_loss_scale_and_changes_nothing_else(
+    scaling_learner: Learner, draw: np.random.Generator
+) -> None:
+    pairs, huge = random_pairs(draw, 2), Objective(lambda lp, _: (lp.sum(), {}))
+    before = {name: weight.clone() for name, weight in scaling_learner.causal_lm.named_parameters()}
+    rate = scaling_learner.learning_rate
+    overflowing = scaling_learner.update(pairs, huge)
+    assert math.isnan(overflowing["grad_norm"])
+    assert math.isfinite(overflowing["loss"])
+    assert scaling_learner.accelerator.scaler.get_scale() == 2.0**23
+    assert scaling_learner.learning_rate == rate
+    assert all(torch.equal(before[name], weight) for name, weight in scaling_learner.causal_lm.named_parameters())
+    norms = [scaling_learner.update(pairs, huge)["grad_norm"] for _ in range(MOST_OVERFLOWS - 2)]
+    assert math.isfinite(norms[-1])
+    assert scaling_learner.learning_rate < rate
+    assert not torch.equal(before["lm_head.weight"], scaling_learner.causal_lm.lm_head.weight)
+
+
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_the_run(
+    scaling_learner: Learner, draw: np.random.Generator
+) -> None:
+    pairs, broken = random_pairs(draw, 2), Objective(lambda lp, _: ((lp.sum() * 0).sqrt(), {}))
+    for _ in range(MOST_OVERFLOWS - 1):
+        scaling_learner.update(pairs, broken)
+    with pytest.raises(RunFailedError, match="not finite"):
+        scaling_learner.update(pairs, broken)
 
 
 def test_state_is_restored_to_the_bit_and_small_under_lora(tmp_path: Path, draw: np.random.Generator) -> None:

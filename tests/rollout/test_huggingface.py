@@ -12,6 +12,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
 )
 
 from llmrl.errors import RefusedError, RunFailedError
@@ -58,6 +60,16 @@ def gemma2() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config)
 
 
+def mpt() -> MptForCausalLM:
+    """Places are counted by the key's index: there are no position ids to correct them with."""
+    torch.manual_seed(0)
+    config = MptConfig(
+        vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, eos_token_id=STOP, bos_token_id=1,
+        initializer_range=0.3, expansion_ratio=2,
+    )  # fmt: skip
+    return MptForCausalLM(config)
+
+
 def with_lora(model: LlamaForCausalLM) -> torch.nn.Module:
     torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
@@ -88,7 +100,7 @@ def test_a_model_that_gives_nan_is_an_error_and_not_a_low_score(temperature):
         HuggingFaceEngine(model, Tokenizer()).generate(PROMPTS, SamplingParams(4, temperature))
 
 
-@pytest.mark.parametrize("build", [llama, lambda: llama(kv_heads=4), gpt2, gemma2, lambda: with_lora(llama())])
+@pytest.mark.parametrize("build", [llama, lambda: llama(kv_heads=4), gpt2, gemma2, mpt, lambda: with_lora(llama())])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_those_of_a_plain_forward(build, temperature):
     model = build()

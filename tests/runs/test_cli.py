@@ -22,12 +22,11 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             from llmrl.config import DataKeys, ModelKeys, OptimizationKeys, RunKeys
             from llmrl.errors import RefusedError
 
-            class OtherConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
-                method: Literal["other"] = "other"
-
             class ToyConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
                 method: Literal["toy"] = "toy"
                 beta: float = 0.1
+
+            Config = ToyConfig
 
             def check(config):
                 if config.dataset_name == "bad.jsonl":
@@ -104,10 +103,18 @@ def test_check_takes_overrides_and_the_method_of_the_file(recipe: Path, capsys: 
         (["toy", "--betta", "1"], "did you mean `beta`"),
         (["toyy"], "recipes here: toy"),
         (["nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["toy", "--output_dir", "/dev/null/x"], "output_dir /dev/null/x cannot be used"),
+        (["toy", "--output_dir", "held"], "output_dir held already holds a run (config.yaml)"),
+        (["toy", "--resume_from_checkpoint", "/nope"], "/nope"),
+        (["toy", "--report_to", "aim"], "report_to names aim, but the package aim is not installed"),
     ],
 )
 def test_check_refuses_with_2(recipe: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    (recipe / "held").mkdir()
+    (recipe / "held" / "config.yaml").write_text("method: toy\n")
+    before = sorted(recipe.rglob("*"))
     assert run(["check", *words]) == 2
+    assert sorted(p for p in recipe.rglob("*") if "__pycache__" not in p.parts) == before
     assert says in capsys.readouterr().err
 
 
