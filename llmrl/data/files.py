@@ -9,13 +9,14 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from llmrl.errors import RefusedError
 
 ROWS_PER_CHUNK = 10_000
+OTHER_SEPARATORS = ";\t|"
 JSON_COLUMNS = ("tools", "chat_template_kwargs")
 KINDS: dict[type, str] = {
     str: "text",
@@ -46,7 +47,7 @@ def read_json(path: Path) -> pa.Table:
                 f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}); mend the line"
             ) from None
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, None, error) from None
+            raise _not_utf8(str(path), error) from None
         except (ValueError, RecursionError) as error:
             raise RefusedError(f"{path}: cannot be read ({error}); mend the file") from None
     return _table(((number, item) for number, item in enumerate(items, 1)), path)
@@ -54,49 +55,52 @@ def read_json(path: Path) -> pa.Table:
 
 def read_csv(path: Path) -> pa.Table:
     """A header line, then rows; every value stays the text it is, so that ` 4` does not become a number."""
-    with _open(path, newline="") as file:
-        return _table(_csv_rows(file, path), path)
+    return _table(_csv_rows(path), path)
 
 
-def _open(path: Path, newline: str | None = None) -> TextIO:
-    return _opener(path)(path, "rt", encoding="utf-8-sig", newline=newline)
+def _open(path: Path, mode: str = "rt") -> Any:
+    return (gzip.open if path.suffix == ".gz" else open)(path, mode, encoding="utf-8-sig" if mode == "rt" else None)
 
 
-def _opener(path: Path) -> Any:
-    return gzip.open if path.suffix == ".gz" else open
+def _lines(path: Path) -> Iterator[str]:
+    """With their line ends. Read as bytes: a text file is decoded in blocks, and the line of a wrong byte is lost."""
+    with _open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(f"{path}, line {number}", error) from None
 
 
-def _not_utf8(path: Path, line: int | None, error: UnicodeDecodeError) -> RefusedError:
-    place = f"{path}, line {line}" if line else str(path)
+def _not_utf8(place: str, error: UnicodeDecodeError) -> RefusedError:
     return RefusedError(f"{place}: not UTF-8 text ({error.reason}); save the file as UTF-8")
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     line = 0
     try:
-        # Line by line as bytes: a text file is decoded in blocks, so the line of a wrong byte could not be named.
-        with _opener(path)(path, "rb") as file:
-            for line, raw in enumerate(file, 1):
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                if text.strip():
-                    yield line, json.loads(text)
+        for line, text in enumerate(_lines(path), 1):
+            if text.strip():
+                yield line, json.loads(text)
     except json.JSONDecodeError as error:
         raise RefusedError(
             f"{path}, line {line}: not valid JSON ({error.msg} at character {error.pos + 1}); "
             "each line must hold one whole JSON object. Mend or remove the line"
         ) from None
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, line, error) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise RefusedError(f"{path}, line {line}: cannot be read ({error}). Mend or remove the line") from None
 
 
-def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.reader(file, strict=True)
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.reader(_lines(path), strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise RefusedError(f"{path}, line 1: a column name stands twice in the header; rename one")
+        if len(header) == 1 and (other := next((c for c in OTHER_SEPARATORS if c in header[0]), None)):
+            raise RefusedError(
+                f"{path}, line 1: {other!r} separates the columns {header[0]!r}; save the file with commas"
+            )
         for values in reader:
             if len(values) != len(header) and values:
                 raise RefusedError(
@@ -107,8 +111,6 @@ def _csv_rows(file: TextIO, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 yield reader.line_num, dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise RefusedError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend the line") from None
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, reader.line_num + 1, error) from None
 
 
 def _table(rows: Iterator[tuple[int, Any]], path: Path) -> pa.Table:

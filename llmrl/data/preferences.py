@@ -96,6 +96,7 @@ def prepare_preferences(
             _check_training(part, preparation.ended, encoder, rows, counts)
         prepared.append(part)
     _report(counts, say)
+    _report_shared_prompts(prepared, say)
     held = prepared[1] if len(prepared) > 1 and len(prepared[1]) else None
     return PreferenceData(prepared[0], held, dict(counts), combined(fingerprints))
 
@@ -220,6 +221,18 @@ def _check_training(part: Dataset, ended: int, encoder: Encoder, rows: Rows, cou
 
 def _changes(counts: Counter[str]) -> str:
     return "; ".join(f"{counts[name]} {text}" for name, text in COUNTED.items() if counts[name])
+
+
+def _report_shared_prompts(prepared: list[Dataset], say: Say) -> None:
+    """Held-out pairs whose prompt is trained on measure less than they seem to: said, for it may be meant."""
+    if len(prepared) < 2:
+        return
+    trained, heldout = (
+        [hash(tuple(ids)) for batch in part.select_columns(["prompt_ids"]).iter(1000) for ids in batch["prompt_ids"]]
+        for part in prepared
+    )
+    if shared := sum(map(set(trained).__contains__, heldout)):
+        say(f"data: the prompts of {shared} of {len(heldout)} held-out pairs are also trained on")
 
 
 def _report(counts: Counter[str], say: Say) -> None:

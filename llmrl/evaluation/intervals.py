@@ -5,6 +5,16 @@ import math
 Z_95 = 1.959963984540054
 
 
+def difference_interval(after: float, n_after: int, before: float, n_before: int) -> tuple[float, float]:
+    """95% interval of p_after - p_before, the proportions of `after` and `before` successes in independent trials.
+
+    Newcombe 1998, Statistics in Medicine 17, 873-890, method 10: the two Wilson intervals' distances, root of squares.
+    """
+    p, q = after / n_after, before / n_before
+    (p_low, p_high), (q_low, q_high) = wilson_interval(after, n_after), wilson_interval(before, n_before)
+    return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
+
+
 def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
     """Wilson's score interval of a proportion, `successes` of `n` trials; 95% unless `z` says otherwise.
 

@@ -6,7 +6,6 @@ run.evaluation(step, "task", result.metrics)
 """
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ from llmrl.config import TaskEvaluationKeys
 from llmrl.data.problems import prepare_problems
 from llmrl.errors import RefusedError
 from llmrl.evaluation.intervals import wilson_interval
+from llmrl.evaluation.progress import Ticker
 from llmrl.rewards.answers import final_number, is_correct
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Completion, Engine, SamplingParams
 
 SAMPLES_SHOWN = 12
-SAID_EVERY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -99,14 +98,12 @@ class TaskEvaluation:
         """A batch at a time, prompts of similar length together."""
         order = sorted(range(len(problems)), key=lambda i: len(problems[i]["prompt_ids"]), reverse=True)
         answered: dict[int, Answered] = {}
-        said = time.monotonic()
+        ticker = Ticker(say, "answering problems")
         for start in range(0, len(order), self.keys.batch_size):
             batch = order[start : start + self.keys.batch_size]
             found = answer(engine, self.tokenizer, [problems[i] for i in batch], self.keys.max_new_tokens)
             answered.update(zip(batch, found, strict=True))
-            if time.monotonic() - said > SAID_EVERY_SECONDS and len(answered) < len(problems):
-                said = time.monotonic()
-                say(f"answering problems: {len(answered)} of {len(problems)}")
+            ticker(len(answered), len(problems))
         return [answered[i] for i in range(len(problems))]
 
 

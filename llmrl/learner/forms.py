@@ -5,7 +5,7 @@ forward: a wrong mask, or an unknown step between hidden states and logits, fail
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ mask is off by whole units on a trained model. float32 on a GPU may multiply in 
 
 def choose(policy: Policy, asked: str, say: Callable[[str], None]) -> Form:
     """Settle on a form before the model is sharded. `auto` takes the tree where it can and says when it cannot."""
+    if asked not in ("auto", *get_args(Form)):
+        raise ValueError(f"form {asked!r} is none of auto, {', '.join(get_args(Form))}")
     if asked == "padded":
         return "padded"
     reason = can_take_tree(policy.causal_lm)

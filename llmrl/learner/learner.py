@@ -105,8 +105,17 @@ class Learner:
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
-    def logprobs(self, groups: list[Group], *, of_reference: bool = False) -> list[list[Floats]]:
-        """log pi of the scored tokens of each sequence of each group, float32; the same on every rank."""
+    def logprobs(
+        self,
+        groups: list[Group],
+        *,
+        of_reference: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[Floats]]:
+        """log pi of the scored tokens of each sequence of each group, float32; the same on every rank.
+
+        `progress` hears after each forward pass how many of this rank's groups are done, and of how many.
+        """
         sizes = [forms.size(self.form, g) for g in groups]
         mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
         batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
@@ -117,6 +126,7 @@ class Learner:
             logprobs = self._scored(chosen, of_reference).float().cpu().numpy()
             for i, parts in zip(members, _per_group(logprobs, chosen), strict=False):
                 scored[i] = parts
+            progress(len(scored), len(mine))
         return _merged(self.accelerator, scored, len(groups))
 
     def _scored(self, groups: list[Group], of_reference: bool) -> Tensor:

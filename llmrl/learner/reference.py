@@ -7,7 +7,7 @@ the first update when the data is fixed (`precomputed`), or one frozen copy is k
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -26,6 +26,8 @@ def choose(kind: str, has_adapter: bool) -> ReferenceKind:
         raise RefusedError(
             "reference: adapter_off needs an adapter to switch off; set use_peft: true or reference: precomputed"
         )
+    if kind not in get_args(ReferenceKind):
+        raise ValueError(f"reference {kind!r} is none of auto, {', '.join(get_args(ReferenceKind))}")
     return kind  # type: ignore[return-value]
 
 

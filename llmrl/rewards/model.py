@@ -77,9 +77,15 @@ def separate_padding(tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
         say(f"the end token {tokenizer.eos_token} is the padding too: the reward is read at the token before it")
 
 
-def score(model: nn.Module, sequences: Sequence[Sequence[int]], pad_token_id: int, rows: int = 16) -> Tensor:
+def score(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    pad_token_id: int,
+    rows: int = 16,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
     """Rewards [len(sequences)], float32 on the CPU, of whole token sequences, `rows` at a time, those of like length
-    together. The model's training mode is afterwards what it was."""
+    together. The model's training mode is afterwards what it was. `progress` hears how many are done, of how many."""
     device = next(model.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     rewards = torch.zeros(len(sequences))
@@ -91,6 +97,7 @@ def score(model: nn.Module, sequences: Sequence[Sequence[int]], pad_token_id: in
             ids, mask = _padded([sequences[i] for i in part], pad_token_id, device)
             with torch.no_grad():
                 rewards[part] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu()
+            progress(start + len(part), len(order))
     finally:
         model.train(training)
     return rewards

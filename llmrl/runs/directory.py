@@ -67,7 +67,6 @@ class Run:
         self._notes: set[str] = set()
         self._progress: Progress | None = None
         self._steps = self.start_step
-        self._results: dict[str, Any] = {}
         self._status: Status | None = None
         names = trackers.available(config.trackers) if self.is_main else []
         self._trackers = trackers.Trackers(names, config, self.directory, self.note)
@@ -163,10 +162,6 @@ class Run:
         tokens = self.metrics.last.get("num_tokens") if start else 0
         self._progress = Progress(self.console, total_steps, start, tokens)
         return self._progress
-
-    def finish(self, **results: Any) -> None:
-        """Results for summary.json that metrics and evaluations do not already give, or that shall replace theirs."""
-        self._results.update(results)
 
     @property
     def seconds(self) -> float:
@@ -270,7 +265,6 @@ class Run:
                 "num_tokens": self.metrics.last.get("num_tokens", 0),
                 "eval_before": before,
                 "eval_after": after,
-                **self._results,
             },
         )
 

@@ -1,4 +1,7 @@
-"""One file per method: its configuration and its loop. `METHODS` names the module of each.
+"""One file per method (`METHODS` names them): its configuration and its loop. Beside them stands what methods share.
+
+`setup` builds learners and evaluators, `session` is what surrounds the steps, `checks` is what `llmrl check` says of
+memory and disk; `supervised`, `trl_session` and `trl_bridge` are the same for the methods that TRL trains.
 
 A method's module offers `Config`, `describe(config, world_size)`, `check(config)` and `train(config, run)`, and imports
 torch only inside functions, so that a command line can be checked at once.

@@ -106,6 +106,7 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
     from llmrl.data.order import rows_for_step
     from llmrl.evaluation.preferences import preference_metrics
+    from llmrl.evaluation.progress import Ticker
     from llmrl.objectives.dpo import DPO
     from llmrl.trainers.session import Session
     from llmrl.trainers.setup import build_learner, task_evaluation, task_problems
@@ -120,13 +121,18 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     def rows_of(step: int) -> list[int]:
         return rows_for_step(step, config.pairs_per_step, len(data.train), config.seed)
 
-    reference = _precomputed(learner, data, (rows_of(s) for s in range(total_steps)), run)
+    used = min(len(data.train), total_steps * config.pairs_per_step)
+    reference = _precomputed(learner, data, (rows_of(s) for s in range(total_steps)), used, run)
     heldout = [_pair(row) for row in data.heldout or []]
-    heldout = [_with_reference(g, r) for g, r in zip(heldout, learner.logprobs(heldout), strict=True)]
+
+    def score_heldout(whose: str) -> list[list[Any]]:
+        return learner.logprobs(heldout, progress=Ticker(run.console.say, f"held-out pairs scored by the {whose}"))
+
+    heldout = [_with_reference(g, r) for g, r in zip(heldout, score_heldout("reference"), strict=True)]
     answer_problems = task_evaluation(problems, learner.causal_lm, learner.accelerator, run)
 
     def evaluate() -> dict[str, dict[str, float]]:
-        found = {"preference": preference_metrics(heldout, learner.logprobs(heldout), objective)} if heldout else {}
+        found = {"preference": preference_metrics(heldout, score_heldout("policy"), objective)} if heldout else {}
         return found | answer_problems()
 
     session = Session(run, learner, tokenizer, total_steps, data.fingerprint, evaluate, callbacks)
@@ -176,22 +182,26 @@ def _with_reference(group: "Group", logprobs: list[Any] | None) -> "Group":
 
 
 def _precomputed(
-    learner: "Learner", data: "PreferenceData", steps: Iterable[list[int]], run: "Run"
+    learner: "Learner", data: "PreferenceData", steps: Iterable[list[int]], used: int, run: "Run"
 ) -> dict[int, list[Any]]:
-    """The reference's log-probabilities of every pair that will be used, by row; empty where they are made on the way.
+    """The reference's log-probabilities of the `used` pairs, by row; empty where they are made on the way.
 
     Taken from the policy before its first update, step by step, so that a pair is packed beside the same others as in
     training: the loss then starts at exactly ln 2. A resumed run computes them again, from the same initial weights.
     """
+    from llmrl.evaluation.progress import Ticker
+
     known: dict[int, list[Any]] = {}
+    ticker = Ticker(run.console.say, "training pairs scored by the reference")
     if learner.reference_kind != "precomputed":
         return known
     run.note("Computing the reference's log-probabilities with the initial weights.")
     for rows in steps:
-        if len(known) == len(data.train):
+        if len(known) == used:
             break
         if any(row not in known for row in rows):
             scored = learner.logprobs([_pair(data.train[row]) for row in rows])
             for row, logprobs in zip(rows, scored, strict=True):
                 known.setdefault(row, logprobs)
+            ticker(len(known), used)
     return known

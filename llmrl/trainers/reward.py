@@ -103,11 +103,11 @@ def train(
     def evaluate() -> dict[str, Metrics]:
         if not heldout:
             return {}
-        return {"heldout": pair_metrics(trainer.model, heldout, tokenizer.pad_token_id, 2 * rows)}
+        return {"heldout": pair_metrics(trainer.model, heldout, tokenizer.pad_token_id, 2 * rows, run.console.say)}
 
     check_export(trainer, config.merge_adapter)
     fit(trainer, run, data.fingerprint, evaluate, callbacks)
-    export(run.directory / "final", run, trainer, config.merge_adapter)
+    export(run, trainer, config.merge_adapter)
 
 
 def _parts(config: RewardConfig, world_size: int) -> tuple[int, int]:

@@ -12,7 +12,6 @@ Invariants
 """
 
 import pickle
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from llmrl.errors import RunFailedError, RunInterruptedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.sharding import max_over_ranks
 from llmrl.runs import Run, checkpoints
+from llmrl.runs.final import publish_model
 
 STATE_FILE = "trainer_state.json"
 Evaluations = dict[str, dict[str, float]]
@@ -95,9 +95,7 @@ class Session:
         if self._evaluated_at != self.state.global_step:
             self._evaluate(self.state.global_step)
         self._tell("on_train_end")
-        self._export(self.run.directory / "final")
-        if self.run.config.push_to_hub and self.run.is_main:
-            _push(self.run)
+        publish_model(self.run, self._export, self.learner.accelerator.wait_for_everyone)
 
     def _load(self, checkpoint: Path) -> None:
         try:
@@ -151,16 +149,9 @@ class Session:
         self._tell("on_save")
 
     def _export(self, folder: Path) -> None:
-        """Written beside and renamed, so that `final/` is whole or not there."""
-        pending = folder.with_name(".tmp_final")
+        self.learner.export(folder)
         if self.run.is_main:
-            shutil.rmtree(pending, ignore_errors=True)
-        self.learner.accelerator.wait_for_everyone()
-        self.learner.export(pending)
-        if self.run.is_main:
-            self.tokenizer.save_pretrained(pending)
-            shutil.rmtree(folder, ignore_errors=True)
-            pending.rename(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def _tell(self, event: str, **extra: object) -> None:
         for callback in self.callbacks:
@@ -175,14 +166,3 @@ class Session:
                 **extra,
             )
             self.control = self.control if answer is None else answer
-
-
-def _push(run: Run) -> None:
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    repository = api.create_repo(run.config.hub_model_id or run.directory.resolve().name, exist_ok=True).repo_id
-    api.upload_folder(
-        folder_path=run.directory / "final", repo_id=repository, commit_message="Upload the trained model"
-    )
-    run.note(f"pushed to the hub as {repository}")

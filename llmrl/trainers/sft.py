@@ -117,7 +117,7 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
         return heldout_loss | answer_problems()
 
     fit(trainer, run, trl_bridge.fingerprint(trainer.train_dataset, ("input_ids", "labels")), evaluate, callbacks)
-    export(run.directory / "final", run, trainer, config.merge_adapter)
+    export(run, trainer, config.merge_adapter)
 
 
 def _parts(config: SFTConfig, world_size: int) -> tuple[int, int]:

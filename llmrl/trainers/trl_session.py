@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,6 +24,7 @@ from llmrl.errors import LlmrlError, RefusedError, RunInterruptedError
 from llmrl.learner.sharding import max_over_ranks
 from llmrl.runs import Run, checkpoints
 from llmrl.runs.disk import as_disk_failure, is_disk_failure
+from llmrl.runs.final import publish_model
 
 SCRATCH = ".trl"  # beside the published checkpoints, on the same file system, so that publishing is a rename
 NOT_PUBLISHED = ("training_args.bin", "README.md")
@@ -151,26 +151,21 @@ def check_export(trainer: Trainer, merge_adapter: bool) -> None:
         raise RefusedError("merge_adapter: an adapter cannot be merged under DeepSpeed; set it to false")
 
 
-def export(folder: Path, run: Run, trainer: Trainer, merge_adapter: bool) -> None:
-    """Write the trained model and its tokenizer into `folder`, whole or not at all, and upload it if that is asked."""
-    pending = folder.with_name(f".tmp_{folder.name}")
-    if run.is_main:
-        shutil.rmtree(pending, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    if merge_adapter and isinstance(trainer.model, PeftModel):
+def export(run: Run, trainer: Trainer, merge_adapter: bool) -> None:
+    """The trained model and its tokenizer into `final/`."""
+
+    def write(folder: Path) -> None:
+        if merge_adapter and isinstance(trainer.model, PeftModel):
+            if run.is_main:
+                trainer.model.merge_and_unload().save_pretrained(folder)
+        else:
+            trainer.save_model(str(folder))
         if run.is_main:
-            trainer.model.merge_and_unload().save_pretrained(pending)
-    else:
-        trainer.save_model(str(pending))
-    if run.is_main:
-        for name in NOT_PUBLISHED:
-            (pending / name).unlink(missing_ok=True)
-        trainer.processing_class.save_pretrained(pending)
-        shutil.rmtree(folder, ignore_errors=True)
-        pending.rename(folder)
-        if run.config.push_to_hub:
-            _push(folder, run.config.hub_model_id or run.directory.resolve().name)
-    trainer.accelerator.wait_for_everyone()
+            for name in NOT_PUBLISHED:
+                (folder / name).unlink(missing_ok=True)
+            trainer.processing_class.save_pretrained(folder)
+
+    publish_model(run, write, trainer.accelerator.wait_for_everyone)
 
 
 @contextmanager
@@ -212,8 +207,3 @@ def _move(written: Path, pending: Path) -> None:
         if item.name not in NOT_PUBLISHED:
             item.rename(pending / item.name)
     shutil.rmtree(written)
-
-
-def _push(folder: Path, repository: str) -> None:
-    api = HfApi()
-    api.upload_folder(repo_id=api.create_repo(repository, exist_ok=True).repo_id, folder_path=folder)

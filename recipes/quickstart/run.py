@@ -7,7 +7,6 @@ stopped.
 """
 
 import argparse
-import math
 import os
 import shlex
 import shutil
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from llmrl import models
 from llmrl.errors import RefusedError
+from llmrl.evaluation.intervals import difference_interval
 from llmrl.runs.files import read_json, write_json
 from llmrl.runs.report import write_report
 
@@ -160,27 +160,21 @@ def table(stages: list[tuple[str, Metrics]]) -> Table:
         gain = bounds = ""
         if before is not None:
             gain = f"{100 * (metrics['accuracy'] - before['accuracy']):+.1f} points"
-            low, high = difference_interval(metrics, before)
+            low, high = gain_interval(metrics, before)
             bounds = f"{100 * low:+.1f} to {100 * high:+.1f} points"
         shown.add_row(label, f"{metrics['accuracy']:.1%}", interval, gain, bounds)
         before = metrics
     return shown
 
 
-def difference_interval(after: Metrics, before: Metrics) -> tuple[float, float]:
-    """Newcombe's 95% interval of a difference of two proportions, from their Wilson intervals."""
-    low, high = (
-        ("accuracy_interval_low", "accuracy_interval_high"),
-        ("accuracy_interval_high", "accuracy_interval_low"),
-    )
-    difference = after["accuracy"] - before["accuracy"]
-    down = math.hypot(after["accuracy"] - after[low[0]], before[low[1]] - before["accuracy"])
-    up = math.hypot(after[high[0]] - after["accuracy"], before["accuracy"] - before[high[1]])
-    return difference - down, difference + up
+def gain_interval(after: Metrics, before: Metrics) -> tuple[float, float]:
+    """95% interval of the difference of two accuracies."""
+    (right, n), (right_before, n_before) = ((round(m["accuracy"] * m["n"]), int(m["n"])) for m in (after, before))
+    return difference_interval(right, n, right_before, n_before)
 
 
 def clearly_above(after: Metrics, before: Metrics) -> bool:
-    return difference_interval(after, before)[0] > 0
+    return gain_interval(after, before)[0] > 0
 
 
 def merged_samples(sft: Path, dpo: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from transformers.utils import logging
 from llmrl.config import TaskEvaluationKeys
 from llmrl.data.problems import prepare_problems
 from llmrl.learner.loading import load_tokenizer
+from llmrl.rewards.own_pairs import SamplingTally, own_pairs
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import SamplingParams
-from llmrl.trainers.own_pairs import SamplingTally, own_pairs
 
 LEAST_PAIRS = 32
 
@@ -61,6 +61,7 @@ def main() -> None:
             if tally.pairs >= args.num_pairs:
                 break
     if tally.pairs < LEAST_PAIRS:
+        pending.unlink()
         raise SystemExit(
             f"only {tally.pairs} pairs: of {tally.problems} problems {tally.mixed} had right and wrong answers. "
             "Ask more problems, draw more samples, or take a model that is neither always right nor always wrong."

@@ -340,6 +340,15 @@ def test_datasets_objects_with_a_test_split(plain: PreTrainedTokenizerFast) -> N
     assert (len(data.train), len(data.heldout)) == (3, 2)
 
 
+def test_heldout_prompts_that_are_trained_on_are_said(plain: PreTrainedTokenizerFast) -> None:
+    other = GOOD | {"prompt": "3+3="}
+    for heldout, shared in (([GOOD, other, other], 1), ([other], 0)):
+        said: list[str] = []
+        both = DatasetDict(train=Dataset.from_list([GOOD]), test=Dataset.from_list(heldout))
+        prepared(plain, both, eval_rows=64, say=said.append)
+        assert [f"prompts of {shared} of {len(heldout)} held-out pairs" in said[-1]] == [bool(shared)]
+
+
 def test_real_dialogues_with_from_and_value(chat: PreTrainedTokenizerFast, shared_data: Path) -> None:
     said: list[str] = []
     name = str(shared_data / "helpful_pairs/pairs_a.jsonl")

@@ -121,6 +121,8 @@ REFUSALS = {
     "a number of 5000 digits": ("d.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}\n", ["d.jsonl", "line 2"]),
     "brackets without end": ("d.jsonl", '{"a": ' + "[" * 100_000 + "\n", ["d.jsonl", "line 1"]),
     "csv row too long": ("d.csv", "a,b\n1,2\n1,2,3\n", ["d.csv", "line 3", "3 values", "2 columns"]),
+    "csv not UTF-8, far down": ("d.csv", "a,b\n" + "1,2\n" * 20 + "1,\udce9\n", ["d.csv", "line 22", "UTF-8"]),
+    "csv with semicolons": ("d.csv", "a;b\n1;2\n", ["d.csv", "line 1", "';' separates", "commas"]),
     "csv column twice": ("d.csv", "a,a\n1,2\n", ["d.csv", "line 1"]),
     "not parquet": ("d.parquet", "PAR2 no", ["d.parquet", "damaged"]),
     "not gzip": ("d.jsonl.gz", "no", ["d.jsonl.gz", "damaged"]),

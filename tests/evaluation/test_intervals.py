@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrl.evaluation.intervals import Z_95, wilson_interval
+from llmrl.evaluation.intervals import Z_95, difference_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,16 @@ from llmrl.evaluation.intervals import Z_95, wilson_interval
 def test_values_of_newcombe_1998(successes, n, low, high):
     """Statistics in Medicine 17, 857-872, table I, method 3."""
     assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "low", "high"),
+    [((56, 70), (48, 80), 0.0524, 0.3339), ((9, 10), (3, 10), 0.1705, 0.8090), ((10, 10), (0, 10), 0.6075, 1.0)],
+)
+def test_differences_of_newcombe_1998(after, before, low, high):
+    """Statistics in Medicine 17, 873-890, table II, method 10."""
+    assert difference_interval(*after, *before) == pytest.approx((low, high), abs=5e-5)
+    assert difference_interval(*before, *after) == pytest.approx((-high, -low), abs=5e-5)
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

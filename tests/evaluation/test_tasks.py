@@ -66,7 +66,7 @@ class Echo:
 def test_answers_come_in_the_order_of_the_problems_and_it_is_said_how_far_it_is(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("llmrl.evaluation.tasks.HuggingFaceEngine", Echo)
-    monkeypatch.setattr("llmrl.evaluation.tasks.SAID_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("llmrl.evaluation.progress.SAID_EVERY_SECONDS", 0.0)
     task = TaskEvaluation.__new__(TaskEvaluation)
     task.keys = TaskEvaluationKeys(dataset_name="nowhere", batch_size=2)
     task.tokenizer = Numbers()

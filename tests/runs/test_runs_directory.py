@@ -103,14 +103,6 @@ def test_the_same_evaluation_again_replaces_the_first(out: Path):
     assert [(e["name"], e["metrics"]["accuracy"]) for e in read(out, "evals.json")] == [("heldout", 0.2), ("task", 0.3)]
 
 
-def test_results_that_a_trainer_adds_stand_in_the_summary(out: Path):
-    with Run.open(toy(out)) as run:
-        run.finish(best_step=3, num_tokens=77)
-    summary = read(out, "summary.json")
-    assert (summary["best_step"], summary["num_tokens"]) == (3, 77)
-    assert (summary["eval_before"], summary["eval_after"]) == (None, None)
-
-
 def test_a_note_is_said_once_and_kept(out: Path, capsys: pytest.CaptureFixture[str]):
     with Run.open(toy(out)) as run:
         run.note("3 rows were dropped")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from llmrl.rewards.own_pairs import PROBLEMS_AT_ONCE, SamplingTally, own_pairs
 from llmrl.rollout.protocol import Completion, SamplingParams
-from llmrl.trainers.own_pairs import PROBLEMS_AT_ONCE, SamplingTally, own_pairs
 
 SAMPLING = SamplingParams(max_tokens=8, n=4)
 
