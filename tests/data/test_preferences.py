@@ -6,54 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
+from support.pairs import GOOD, assistant, keys, prepared, refusal, user
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.preferences import COUNTED, PreferenceData, prepare_preferences
 from llmrl.data.sources import load_rows
 from llmrl.errors import RefusedError
-
-GOOD = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
-
-
-def keys(**changed: Any) -> SimpleNamespace:
-    values = {
-        "dataset_name": "unused", "dataset_config": None, "dataset_train_split": "train", "dataset_test_split": "test",
-        "eval_rows": 0, "max_length": 64, "truncation_mode": "keep_start", "overlong_prompts": "error",
-    }  # fmt: skip
-    return SimpleNamespace(**values | changed)
-
-
-def prepared(tokenizer: PreTrainedTokenizerFast, rows: Any, **changed: Any) -> PreferenceData:
-    options = {name: changed.pop(name) for name in ("stop_token_ids", "faulty_rows", "say") if name in changed}
-    say = options.pop("say", lambda text: None)
-    dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return prepare_preferences(keys(**changed), tokenizer, say, dataset=dataset, **options)
-
-
-def refusal(tokenizer: PreTrainedTokenizerFast, rows: Any, **changed: Any) -> str:
-    with pytest.raises(RefusedError) as refused:
-        prepared(tokenizer, rows, **changed)
-    return str(refused.value)
-
-
-def file_refusal(tokenizer: PreTrainedTokenizerFast, file: Path, rows: list[dict[str, Any]], **changed: Any) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RefusedError) as refused:
-        prepare_preferences(keys(dataset_name=str(file), **changed), tokenizer, lambda text: None)
-    return str(refused.value)
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def texts(tokenizer: PreTrainedTokenizerFast, data: PreferenceData, index: int = 0) -> tuple[str, str, str]:

@@ -2,16 +2,11 @@
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.dpo_run import environment, final_weights, launch, launch_command, metrics, write_config
+from support.recipe_run import final_weights, interrupted, kill_after_a_checkpoint, launch, metrics, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -41,14 +36,7 @@ def test_killed_at_a_random_moment_and_resumed_it_ends_with_the_same_weights(tmp
     config = write_config(tmp_path, use_peft=use_peft, save_steps=2, max_steps=16)
     reference = launch("dpo", "cpu", "--config", str(config), "--output_dir", str(tmp_path / "reference"))
     assert reference.returncode == 0, reference.stderr[-2000:]
-    process = subprocess.Popen(
-        launch_command("dpo", "cpu", "--config", str(config)), env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob("step_*")), process)
-    time.sleep(random.uniform(0, 0.5))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after_a_checkpoint("dpo", config, tmp_path / "run", delay=random.uniform(0, 0.5))
     resumed = launch("dpo", "cpu", "--config", str(config), "--resume_from_checkpoint", "latest")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     assert final_weights(tmp_path / "run") == final_weights(tmp_path / "reference")
@@ -57,16 +45,7 @@ def test_killed_at_a_random_moment_and_resumed_it_ends_with_the_same_weights(tmp
 
 def test_a_signal_leaves_a_whole_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path, max_steps=100_000)
-    process = subprocess.Popen(
-        launch_command("dpo", "cpu", "--config", str(config)), env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    log = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") > 1, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
-    wait_for(lambda: (tmp_path / "run" / "summary.json").exists())
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = interrupted("dpo", config, tmp_path / "run")
     assert summary["status"] == "interrupted"
     steps = summary["steps"]
     assert (tmp_path / "run" / "checkpoints" / f"step_{steps}" / "manifest.json").exists()
@@ -83,11 +62,3 @@ def test_two_processes_follow_the_curve_of_one(tmp_path: Path, launcher: str) ->
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert two["num_tokens"] == one["num_tokens"]
-
-
-def wait_for(condition: Any, process: "subprocess.Popen[bytes] | None" = None, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        assert process is None or process.poll() is None, "the run ended before it could be disturbed"
-        time.sleep(0.05)

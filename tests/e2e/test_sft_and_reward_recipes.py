@@ -1,10 +1,6 @@
 """The sft and reward recipes as a user runs them: whole runs, kills, signals, two processes, adapters."""
 
 import json
-import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +8,15 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
-from support.dpo_run import environment, final_weights, launch, launch_command, make_model, make_pairs, metrics
+from support.recipe_run import (
+    final_weights,
+    interrupted,
+    kill_after_a_checkpoint,
+    launch,
+    make_model,
+    make_pairs,
+    metrics,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -73,10 +77,7 @@ def test_a_whole_run_learns_and_its_own_config_repeats_it(tmp_path: Path, recipe
 def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path, recipe: str, use_peft: bool) -> None:
     config = write_config(tmp_path, recipe, use_peft=use_peft, save_steps=2, max_steps=40, lora_dropout=0.1)
     finish(recipe, "--config", str(config), "--output_dir", str(tmp_path / "reference"))
-    process = start(recipe, config)
-    wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob("step_*")), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after_a_checkpoint(recipe, config, tmp_path / "run")
     assert not (tmp_path / "run" / "final").exists()
     finish(recipe, "--config", str(config), "--resume_from_checkpoint", "latest")
     assert final_weights(tmp_path / "run") == final_weights(tmp_path / "reference")
@@ -99,13 +100,7 @@ def test_a_run_that_was_killed_after_its_last_step_only_finishes(tmp_path: Path)
 
 def test_a_signal_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     config = write_config(tmp_path, "sft", max_steps=100_000)
-    process = start("sft", config)
-    log = tmp_path / "run" / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") > 1, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
-    wait_for(lambda: (tmp_path / "run" / "summary.json").exists())
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = interrupted("sft", config, tmp_path / "run")
     assert summary["status"] == "interrupted"
     assert (tmp_path / "run" / "checkpoints" / f"step_{summary['steps']}" / "manifest.json").exists()
     assert not (tmp_path / "run" / "checkpoints" / ".trl").exists()
@@ -147,18 +142,3 @@ def test_prompts_without_room_for_an_answer_are_refused_or_counted(tmp_path: Pat
     kept = launch("sft", "cpu", "--config", str(config), "--overlong_prompts", "drop")
     assert kept.returncode == 0, kept.stderr[-2000:]
     assert "rows dropped: their prompts leave no room" in kept.stdout
-
-
-def start(recipe: str, config: Path) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        launch_command(recipe, "cpu", "--config", str(config)), env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def wait_for(happened: Any, process: "subprocess.Popen[bytes] | None" = None, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen in time"
-        assert process is None or process.poll() is None, "the run ended before it happened"
-        time.sleep(0.05)

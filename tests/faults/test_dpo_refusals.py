@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.dpo_run import make_pairs, write_config
+from support.recipe_run import make_pairs, write_config
 from transformers import AutoTokenizer
 
 from llmrl.runs.launch import run_command

@@ -6,7 +6,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from llmrl.runs import Run, checkpoints
 from llmrl.runs.disk import is_disk_failure, size
 
 MEGABYTE = 1_000_000
+DISK_MEGABYTES = 4
 
 
 class Toy(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
@@ -25,22 +26,6 @@ class Toy(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
 
 def toy(directory: Path) -> Toy:
     return Toy(model_name_or_path="m", dataset_name="d", learning_rate=1e-4, output_dir=str(directory))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Four megabytes, a disk of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 def plain(count: int) -> Callable[[Path], None]:

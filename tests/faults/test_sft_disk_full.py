@@ -1,33 +1,15 @@
 """A disk that is full while TRL writes a checkpoint: the one before stays whole and the message says so."""
 
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from support.dpo_run import launch, make_model
+from support.recipe_run import launch, make_model
 
 from llmrl.runs import checkpoints
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Two megabytes, a disk of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+DISK_MEGABYTES = 2
 
 
 def test_the_checkpoint_before_is_whole(tmp_path: Path, small_disk: Path) -> None:
