@@ -94,6 +94,8 @@ def prepare_preferences(
         counts.update({"rows": len(rows), name: len(part)})
         if rows is train:
             _check_training(part, preparation.ended, encoder, rows, counts)
+            if preparation.plain and tokenizer.chat_template:
+                say(f"data: {preparation.plain} pairs are text and no messages: taken as it stands, without a template")
         prepared.append(part)
     _report(counts, say)
     _report_shared_prompts(prepared, say)
@@ -102,14 +104,15 @@ def prepare_preferences(
 
 
 class _Preparation:
-    """The rows of one source on their way to token ids. `ended`: kept completions that hold their stop token."""
+    """The rows of one source on their way to token ids. `ended`: kept completions that hold their stop token; `plain`:
+    pairs that are text and no messages."""
 
     def __init__(
         self, keys: PreferenceKeys, encoder: Encoder, where: str, faulty_rows: str, counts: Counter[str]
     ) -> None:
         self.keys, self.encoder, self.where, self.counts = keys, encoder, where, counts
         self.drops_faulty = faulty_rows == "drop"
-        self.ended = 0
+        self.ended, self.plain = 0, 0
 
     def sound(self, rows: Rows) -> Rows:
         """The rows that are pairs, read before any is tokenised; the others are refused together, or dropped."""
@@ -121,6 +124,8 @@ class _Preparation:
     def _check(self, row: dict[str, Any]) -> None:
         if read_pair(row).conversational:
             check_chat_template(self.encoder.tokenizer, self.where)
+        else:
+            self.plain += 1
 
     def batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
         """Token ids of the rows that are kept."""

@@ -302,6 +302,14 @@ def test_datasets_objects_with_a_test_split(plain: PreTrainedTokenizerFast) -> N
     assert (len(data.train), len(data.heldout)) == (3, 2)
 
 
+def test_text_for_a_model_that_chats_is_said(plain: PreTrainedTokenizerFast, chat: PreTrainedTokenizerFast) -> None:
+    messages = {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]}
+    for tokenizer, rows, expected in ((chat, [GOOD, GOOD], ["data: 2"]), (chat, [messages], []), (plain, [GOOD], [])):
+        said: list[str] = []
+        prepared(tokenizer, rows, say=said.append)
+        assert [line.split(" pairs are text and no messages")[0] for line in said if "are text" in line] == expected
+
+
 def test_heldout_prompts_that_are_trained_on_are_said(plain: PreTrainedTokenizerFast) -> None:
     other = GOOD | {"prompt": "3+3="}
     for heldout, shared in (([GOOD, other, other], 1), ([other], 0)):
