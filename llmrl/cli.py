@@ -66,7 +66,7 @@ def model(words: Sequence[str]) -> None:
     """llmrl model NAME
 
     Prints the folder of a model that can be had without a hub, fetching or training it first where it is not there yet:
-    `smollm2` (SmolLM2-135M-Instruct) or `starter` (a tiny model, trained here in about a minute).
+    `smollm2` (SmolLM2-135M-Instruct) or `starter` (a tiny model, trained here in about two minutes).
     """
     if len(words) != 1 or words[0].startswith("-"):
         raise RefusedError("name one model: llmrl model smollm2, or llmrl model starter")
@@ -138,7 +138,7 @@ def _config_file(word: str) -> Path:
         for preset in RECIPE_PRESETS if folder.is_dir() else ():
             if (folder / preset).is_file():
                 return folder / preset
-    known = sorted(p.parent.name for p in Path("recipes").glob("*/*.yaml"))
+    known = sorted(p.parent.name for preset in RECIPE_PRESETS for p in Path("recipes").glob(f"*/{preset}"))
     has = f"; recipes here: {', '.join(dict.fromkeys(known))}" if known else " (there is no folder recipes/ here)"
     raise RefusedError(f"`{word}` is neither a YAML file nor a recipe with a preset{has}")
 

@@ -1,6 +1,6 @@
 """The starter: a Llama of 0.4 million parameters that can do some arithmetic, trained from scratch on first use.
 
-It exists so that every recipe can be tried offline in a minute. Its schooling was of mixed quality, as the web's text
+It exists so that every recipe can be tried offline in minutes. Its schooling was of mixed quality, as the web's text
 is: in most of the solutions with a carry the carry is forgotten. So it knows the right way and prefers the wrong one,
 which is what feedback can mend: a model that lacks the knowledge cannot be taught it by preferences between its own
 answers (tried: DPO then lowers its accuracy). Two kinds of problem that it half knows, and one that it never saw, leave
