@@ -1,18 +1,32 @@
 """Confidence intervals of what evaluations report."""
 
 import math
+from collections.abc import Sequence
 
 Z_95 = 1.959963984540054
 
 
-def difference_interval(after: float, n_after: int, before: float, n_before: int) -> tuple[float, float]:
-    """95% interval of p_after - p_before, the proportions of `after` and `before` successes in independent trials.
+def paired_difference_interval(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:
+    """95% interval of the difference of two success rates, `after` - `before`, in the same trials, in the same order.
 
-    Newcombe 1998, Statistics in Medicine 17, 873-890, method 10: the two Wilson intervals' distances, root of squares.
+    Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10: as for independent rates the distances to the ends
+    of the two Wilson intervals are squared and added, less what the rates have in common, by their correlation phi.
     """
-    p, q = after / n_after, before / n_before
-    (p_low, p_high), (q_low, q_high) = wilson_interval(after, n_after), wilson_interval(before, n_before)
-    return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
+    n = len(after)
+    pairs = list(zip(after, before, strict=True))
+    both, gained = pairs.count((True, True)), pairs.count((True, False))
+    lost, neither = pairs.count((False, True)), pairs.count((False, False))
+    p, q = (both + gained) / n, (both + lost) / n
+    (p_low, p_high), (q_low, q_high) = wilson_interval(both + gained, n), wilson_interval(both + lost, n)
+    margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
+    agreement: float = both * neither - gained * lost
+    agreement = max(agreement - n / 2, 0) if agreement > 0 else agreement
+    phi = agreement / math.sqrt(margins) if margins else 0.0
+
+    def added(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
+
+    return p - q - added(p - p_low, q_high - q), p - q + added(p_high - p, q - q_low)
 
 
 def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:

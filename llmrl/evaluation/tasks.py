@@ -24,8 +24,6 @@ from llmrl.rewards.answers import final_number, is_correct
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Completion, Engine, SamplingParams
 
-SAMPLES_SHOWN = 12
-
 
 @dataclass(frozen=True)
 class Answered:
@@ -130,8 +128,8 @@ def accuracy_metrics(answered: Sequence[Answered]) -> dict[str, float]:
     }
 
 
-def update_samples(file: Path, label: str, result: TaskResult, shown: int = SAMPLES_SHOWN) -> None:
-    """Put the first answers under `label` (`before`, `after`) into samples.json, beside those that are there."""
+def update_samples(file: Path, label: str, result: TaskResult) -> None:
+    """Put all answers under `label` (`before`, `after`) into samples.json, beside those that are there."""
     stored: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     beside = {item["prompt"]: [c for c in item["completions"] if c["label"] != label] for item in stored}
     samples = [
@@ -140,7 +138,7 @@ def update_samples(file: Path, label: str, result: TaskResult, shown: int = SAMP
             "answer": a.answer,
             "completions": [*beside.get(a.prompt, []), {"label": label, "text": a.text, "correct": a.correct}],
         }
-        for a in result.answered[:shown]
+        for a in result.answered
     ]
     written = file.with_name(f".tmp_{file.name}")
     written.write_text(json.dumps(samples, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ Invariants: every word that comes from files is escaped, and the page forbids sc
 its own policy as well; a file that is missing or torn leaves its part out and stops nothing.
 
 `samples.json`, where a trainer writes it, is a list of `{"prompt": text or messages, "answer": text (optional),
-"completions": [{"label": "before", "text": ..., "correct": true | false | null}, ...]}`.
+"completions": [{"label": "before", "text": ..., "correct": true | false | null}, ...]}`; the page shows the first ones.
 """
 
 import json

@@ -22,6 +22,7 @@ FIRST = (
     "grad_norm",
     "learning_rate",
 )
+SAMPLES_SHOWN = 12
 NOT_CURVES = ("step", "num_tokens", "epoch")
 PAIRED = ("/chosen", "/rejected")
 INTERVAL = (("interval_low", "interval_high"), ("low", "high"))
@@ -172,7 +173,7 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
 
 def _samples(stored: Any) -> list[Sample]:
     samples = []
-    for item in stored if isinstance(stored, list) else []:
+    for item in stored[:SAMPLES_SHOWN] if isinstance(stored, list) else []:
         if isinstance(item, dict):
             answer = item.get("answer")
             samples.append(

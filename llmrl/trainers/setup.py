@@ -70,7 +70,7 @@ def task_evaluation(
 ) -> Callable[[], dict[str, dict[str, float]]]:
     """Greedy accuracy of the model as it is, by name; nothing where none was asked for.
 
-    The answers of the first and of the latest call are kept in samples.json for the report.
+    The answers of the first and of the latest call are kept in samples.json.
     """
     if task is None:
         return dict

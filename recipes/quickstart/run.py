@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from llmrl import models
 from llmrl.errors import RefusedError
-from llmrl.evaluation.intervals import difference_interval
+from llmrl.evaluation.intervals import paired_difference_interval
 from llmrl.runs.files import read_json, write_json
 from llmrl.runs.report import write_report
 
@@ -36,6 +37,19 @@ SAMPLING = {
 }
 SHOWN = 3
 Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one of the three models did: the metrics of its answers, and which of the problems it had right."""
+
+    label: str
+    metrics: Metrics
+    correct: list[bool]
+
+    def gain_interval(self, before: "Stage") -> tuple[float, float]:
+        """95% interval of the gain in accuracy over an earlier stage, on the same problems."""
+        return paired_difference_interval(self.correct, before.correct)
 
 
 def main() -> int:
@@ -121,16 +135,19 @@ def run(console: Console, title: str, command: list[str]) -> None:
 def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) -> int:
     """The table, the report, and whether each stage was clearly above the one before."""
     first, second = read_json(sft / "summary.json", {}), read_json(dpo / "summary.json", {})
+    answered = merged_samples(sft, dpo)
     stages = [
-        ("start", first["eval_before"]["task"]),
-        ("after SFT", first["eval_after"]["task"]),
-        ("after DPO", second["eval_after"]["task"]),
+        Stage("start", first["eval_before"]["task"], correct(answered, "start")),
+        Stage("after SFT", first["eval_after"]["task"], correct(answered, "after SFT")),
+        Stage("after DPO", second["eval_after"]["task"], correct(answered, "after DPO")),
     ]
     shutil.copyfile(dpo / "metrics.jsonl", out / "metrics.jsonl")
-    write_json(out / "stages.json", [{"label": label, "metrics": metrics} for label, metrics in stages])
+    write_json(out / "stages.json", [{"label": stage.label, "metrics": stage.metrics} for stage in stages])
     write_json(out / "evals.json", read_json(dpo / "evals.json", {}))
-    write_json(out / "samples.json", merged_samples(sft, dpo))
-    clear = all(clearly_above(after, before) for (_, before), (_, after) in pairwise(stages))
+    # Those that tell the stages apart first.
+    telling = sorted(answered, key=lambda item: len({c["correct"] for c in item["completions"]}), reverse=True)
+    write_json(out / "samples.json", telling[:SHOWN])
+    clear = all(after.gain_interval(before)[0] > 0 for before, after in pairwise(stages))
     tokens = first["num_tokens"] + second["num_tokens"]
     reason = None if clear else "a stage was not clearly above the one before"
     summary = {
@@ -139,7 +156,13 @@ def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) 
         "steps": first["steps"] + second["steps"],
     }
     write_json(
-        out / "summary.json", {**summary, "seconds": round(seconds, 1), "num_tokens": tokens, "stages": dict(stages)}
+        out / "summary.json",
+        {
+            **summary,
+            "seconds": round(seconds, 1),
+            "num_tokens": tokens,
+            "stages": {stage.label: stage.metrics for stage in stages},
+        },
     )
 
     console.rule("[bold]held-out problems, answered greedily")
@@ -152,45 +175,44 @@ def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) 
     return 0 if clear else 1
 
 
-def table(stages: list[tuple[str, Metrics]]) -> Table:
+def table(stages: list[Stage]) -> Table:
     shown = Table("stage", "accuracy", "95% interval", "gain", "95% interval of the gain")
-    before: Metrics | None = None
-    for label, metrics in stages:
+    before: Stage | None = None
+    for stage in stages:
+        metrics = stage.metrics
         interval = f"{metrics['accuracy_interval_low']:.1%} to {metrics['accuracy_interval_high']:.1%}"
         gain = bounds = ""
         if before is not None:
-            gain = f"{100 * (metrics['accuracy'] - before['accuracy']):+.1f} points"
-            low, high = gain_interval(metrics, before)
+            gain = f"{100 * (metrics['accuracy'] - before.metrics['accuracy']):+.1f} points"
+            low, high = stage.gain_interval(before)
             bounds = f"{100 * low:+.1f} to {100 * high:+.1f} points"
-        shown.add_row(label, f"{metrics['accuracy']:.1%}", interval, gain, bounds)
-        before = metrics
+        shown.add_row(stage.label, f"{metrics['accuracy']:.1%}", interval, gain, bounds)
+        before = stage
     return shown
 
 
-def gain_interval(after: Metrics, before: Metrics) -> tuple[float, float]:
-    """95% interval of the difference of two accuracies."""
-    (right, n), (right_before, n_before) = ((round(m["accuracy"] * m["n"]), int(m["n"])) for m in (after, before))
-    return difference_interval(right, n, right_before, n_before)
-
-
-def clearly_above(after: Metrics, before: Metrics) -> bool:
-    return gain_interval(after, before)[0] > 0
+def correct(answered: list[dict[str, Any]], label: str) -> list[bool]:
+    """Of each problem, whether the model of that stage had it right."""
+    return [
+        completion["correct"] for item in answered for completion in item["completions"] if completion["label"] == label
+    ]
 
 
 def merged_samples(sft: Path, dpo: Path) -> list[dict[str, Any]]:
-    """The first problems with what each of the three models answered."""
-    later = {item["prompt"]: item for item in read_json(dpo / "samples.json", {})}
+    """Every problem with what each of the three models answered."""
     merged = []
-    for item in read_json(sft / "samples.json", {}):
-        if item["prompt"] in later:
-            answers = [(c, label) for label in ("before", "after") for c in item["completions"] if c["label"] == label]
-            answers += [(c, "dpo") for c in later[item["prompt"]]["completions"] if c["label"] == "after"]
-            names = {"before": "start", "after": "after SFT", "dpo": "after DPO"}
-            completions = [{**c, "label": names[label]} for c, label in answers]
-            merged.append({**item, "completions": completions})
-    # Those that tell the stages apart first.
-    merged.sort(key=lambda item: len({c["correct"] for c in item["completions"]}), reverse=True)
-    return merged[:SHOWN]
+    for item, later in zip(read_json(sft / "samples.json", []), read_json(dpo / "samples.json", []), strict=True):
+        if item["prompt"] != later["prompt"]:
+            raise RefusedError(f"{sft} and {dpo} answered different problems: take another --output_dir")
+        stages = [(item, "before", "start"), (item, "after", "after SFT"), (later, "after", "after DPO")]
+        completions = [
+            {**completion, "label": name}
+            for source, label, name in stages
+            for completion in source["completions"]
+            if completion["label"] == label
+        ]
+        merged.append({**item, "completions": completions})
+    return merged
 
 
 if __name__ == "__main__":

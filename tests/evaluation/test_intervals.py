@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrl.evaluation.intervals import Z_95, difference_interval, wilson_interval
+from llmrl.evaluation.intervals import Z_95, paired_difference_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -18,14 +18,35 @@ def test_values_of_newcombe_1998(successes, n, low, high):
     assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
-@pytest.mark.parametrize(
-    ("after", "before", "low", "high"),
-    [((56, 70), (48, 80), 0.0524, 0.3339), ((9, 10), (3, 10), 0.1705, 0.8090), ((10, 10), (0, 10), 0.6075, 1.0)],
-)
-def test_differences_of_newcombe_1998(after, before, low, high):
-    """Statistics in Medicine 17, 873-890, table II, method 10."""
-    assert difference_interval(*after, *before) == pytest.approx((low, high), abs=5e-5)
-    assert difference_interval(*before, *after) == pytest.approx((-high, -low), abs=5e-5)
+def trials(both: int, gained: int, lost: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """(after, before) of so many trials of each kind."""
+    after = [True] * both + [True] * gained + [False] * lost + [False] * neither
+    return after, [True] * both + [False] * gained + [True] * lost + [False] * neither
+
+
+def test_the_paired_difference_of_a_published_table():
+    """Airway hyper-responsiveness of Bentur et al. 2009: 1, 1, 7, 12 of 21 children; interval -0.507 to -0.026."""
+    after, before = trials(1, 1, 7, 12)
+    assert paired_difference_interval(after, before) == pytest.approx((-0.507, -0.026), abs=5e-4)
+    assert paired_difference_interval(before, after) == pytest.approx((0.026, 0.507), abs=5e-4)
+
+
+def test_without_agreement_beyond_chance_it_is_the_independent_one():
+    """80 and 40 of 100: the distances to the ends of the two Wilson intervals, squared and added."""
+    after, before = trials(32, 48, 8, 12)
+    (p_low, p_high), (q_low, q_high) = wilson_interval(80, 100), wilson_interval(40, 100)
+    expected = 0.4 - math.hypot(0.8 - p_low, q_high - 0.4), 0.4 + math.hypot(p_high - 0.8, 0.4 - q_low)
+    assert paired_difference_interval(after, before) == pytest.approx(expected)
+
+
+def test_what_two_results_have_in_common_narrows_the_interval():
+    """The same two rates, on trials that agree more or less."""
+    widths = [
+        high - low
+        for low, high in (paired_difference_interval(*trials(*t)) for t in ((58, 14, 2, 26), (45, 27, 15, 13)))
+    ]
+    assert widths[0] < 0.75 * widths[1]
+    assert paired_difference_interval([True] * 9, [True] * 9) == pytest.approx((-0.2991, 0.2991), abs=1e-4)
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))

@@ -93,9 +93,9 @@ def test_accuracy_interval_and_lengths():
 
 def test_samples_before_and_after_stand_beside_each_other(tmp_path):
     file = tmp_path / "samples.json"
-    update_samples(file, "before", result_of(["1", "2", "3"], "1", "1", "1"), shown=2)
-    update_samples(file, "after", result_of(["9", "1", "1"], "1", "1", "1"), shown=2)
-    update_samples(file, "after", result_of(["1", "1", "1"], "1", "1", "1"), shown=2)
+    update_samples(file, "before", result_of(["1", "2", "3"], "1", "1", "1"))
+    update_samples(file, "after", result_of(["9", "1", "1"], "1", "1", "1"))
+    update_samples(file, "after", result_of(["1", "1", "1"], "1", "1", "1"))
     assert json.loads(file.read_text()) == [
         {
             "prompt": f"problem {i}",
@@ -105,7 +105,7 @@ def test_samples_before_and_after_stand_beside_each_other(tmp_path):
                 {"label": "after", "text": "1", "correct": True},
             ],
         }
-        for i in (1, 2)
+        for i in (1, 2, 3)
     ]
 
 
