@@ -84,7 +84,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield line, json.loads(text)
     except json.JSONDecodeError as error:
         raise RefusedError(
-            f"{path}, line {line}: not valid JSON ({error.msg} at character {error.pos + 1}); "
+            f"{path}, line {line}: not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1}); "
             "each line must hold one whole JSON object. Mend or remove the line"
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep

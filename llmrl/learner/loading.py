@@ -158,4 +158,5 @@ def _loaded(path: str, what: str, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise RefusedError(f"model_name_or_path: the {what} of {path} cannot be loaded: {reason}") from error
+        missing = "" if Path(path).exists() else "; there is no such folder here, so it was taken for a hub id"
+        raise RefusedError(f"model_name_or_path: the {what} of {path} cannot be loaded: {reason}{missing}") from error

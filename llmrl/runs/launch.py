@@ -84,6 +84,8 @@ def _trained(config: ConfigT, run: Run, train: Callable[[ConfigT, Run], None]) -
         with stop_on_signals(run):
             train(config, run)
         run.close("completed")
+        if (run.directory / "final").is_dir():
+            run.console.say(f"trained model: {run.directory / 'final'}")
         return 0
     except RefusedError as error:
         run.withdraw()

@@ -125,11 +125,20 @@ def run(console: Console, title: str, command: list[str]) -> None:
     console.print(shown, style="dim", soft_wrap=True, markup=False, highlight=False)
     environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     began = time.monotonic()
-    code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode
+    code = waited_for(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment))
     if code:
         console.print(f"[bold red]stopped[/] (exit code {code}); the same command goes on from here")
         sys.exit(code if code > 0 else 128 - code)
     console.print(f"done in {time.monotonic() - began:.0f} s")
+
+
+def waited_for(process: "subprocess.Popen[bytes]") -> int:
+    """Its exit code. Ctrl-C goes to it as well, and it may take a moment to save what it has done."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) -> int:

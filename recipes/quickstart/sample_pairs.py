@@ -6,6 +6,7 @@ python recipes/quickstart/sample_pairs.py --model FOLDER --problems data/arithme
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
@@ -70,4 +71,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
