@@ -5,8 +5,8 @@ import torch
 
 from llmrl.evaluation.intervals import wilson_interval
 from llmrl.learner.batches import scored_tokens
-from llmrl.learner.sequences import Floats, Group
-from llmrl.objectives.scored import Objective, Totals
+from llmrl.learner.sequences import Floats, Group, totals
+from llmrl.objectives.scored import Objective
 
 
 def preference_metrics(groups: list[Group], logprobs: list[list[Floats]], objective: Objective) -> dict[str, float]:
@@ -14,11 +14,8 @@ def preference_metrics(groups: list[Group], logprobs: list[list[Floats]], object
 
     `groups` carry the reference's log-probabilities; `logprobs` are the policy's, per group and sequence.
     """
-    totals = Totals(
-        tokens=sum(s.num_scored for g in groups for s in g), sequences=sum(len(g) for g in groups), groups=len(groups)
-    )
     flat_N = torch.from_numpy(np.concatenate([part for parts in logprobs for part in parts]))
-    loss, metrics = objective.loss(flat_N, scored_tokens(groups, totals, "cpu"))
+    loss, metrics = objective.loss(flat_N, scored_tokens(groups, totals(groups), "cpu"))
     means = {name: float(values.double().mean()) for name, values in metrics.items()}
     accuracy = means["rewards/accuracies"]
     low, high = wilson_interval(accuracy * len(groups), len(groups))

@@ -75,29 +75,37 @@ def _inputs(
 
 def scored_tokens(groups: list[Group], totals: Totals, device: torch.device | str) -> ScoredTokens:
     """The index vectors of a micro-batch's scored tokens, in the order of groups, sequences and tokens."""
-    sequences = [s for group in groups for s in group]
-    counts = [s.num_scored for s in sequences]
+    pieces = [piece for group in groups for piece in group]
+    counts = [piece.num_scored for piece in pieces]
+    firsts = [piece for piece in pieces if not piece.continues]
+    sequence_of_piece = np.cumsum([not piece.continues for piece in pieces]) - 1
     turns = [
-        np.zeros(n, np.int64) if s.turn_index is None else s.turn_index[s.scored]
-        for s, n in zip(sequences, counts, strict=True)
+        np.zeros(n, np.int64) if piece.turn_index is None else piece.turn_index[piece.scored]
+        for piece, n in zip(pieces, counts, strict=True)
     ]
 
-    def known(name: str) -> Tensor | None:
-        parts: list[Floats | None] = [getattr(s, name) for s in sequences]
-        if any(part is None for part in parts):
-            return None
-        return torch.from_numpy(np.concatenate([p for p in parts if p is not None])).float().to(device)
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
 
-    names = sequences[0].values.keys()
+    def joined(parts: list[Floats]) -> Tensor:
+        return tensor(np.concatenate(parts)).float()
+
+    def known(parts: list[Floats | None]) -> Tensor | None:
+        found = [part for part in parts if part is not None]
+        return joined(found) if len(found) == len(parts) else None
+
+    def per_sequence(numbers: list[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+    token_names = sorted({name for piece in pieces for name in piece.token_values})
     return ScoredTokens(
-        sequence_index_N=torch.from_numpy(np.repeat(np.arange(len(sequences)), counts)).to(device),
-        turn_index_N=torch.from_numpy(np.concatenate(turns)).to(device),
-        group_index_S=torch.from_numpy(np.repeat(np.arange(len(groups)), [len(g) for g in groups])).to(device),
+        sequence_index_N=tensor(np.repeat(sequence_of_piece, counts)),
+        turn_index_N=tensor(np.concatenate(turns)),
+        group_index_S=tensor(np.repeat(np.arange(len(groups)), [sum(not p.continues for p in g) for g in groups])),
         totals=totals,
-        reference_logprobs_N=known("reference_logprobs"),
-        behaviour_logprobs_N=known("behaviour_logprobs"),
-        values_S={
-            name: torch.tensor([s.values[name] for s in sequences], dtype=torch.float32, device=device)
-            for name in names
-        },
+        reference_logprobs_N=known([piece.reference_logprobs for piece in pieces]),
+        behaviour_logprobs_N=known([piece.behaviour_logprobs for piece in pieces]),
+        values_S={name: per_sequence([first.values[name] for first in firsts]) for name in firsts[0].values},
+        token_values_N={name: joined([piece.token_values[name] for piece in pieces]) for name in token_names},
+        weights_S=per_sequence([first.weight for first in firsts]),
     )

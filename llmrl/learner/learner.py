@@ -6,7 +6,7 @@ Every rank is handed the same groups and takes its own share, balanced by tokens
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,19 +19,30 @@ from llmrl.errors import RefusedError, RunFailedError
 from llmrl.learner import forms, reference, sharding, state
 from llmrl.learner.batches import ModelInputs, scored_tokens
 from llmrl.learner.policy import Policy, Scores
-from llmrl.learner.sequences import Floats, Group, split_into_microbatches, split_over_ranks
+from llmrl.learner.sequences import Floats, Group, split_into_microbatches, split_over_ranks, totals
 from llmrl.objectives.scored import Objective, Totals
 
 MOST_OVERFLOWS = 40
 """Updates in a row that float16's loss scale may spoil: it starts at 2**16 and halves, so by then it is 2**-24."""
 
 
+class SequenceScores(NamedTuple):
+    """Of one token sequence's scored tokens: log-probabilities, and the value head's values where there is one."""
+
+    logprobs: Floats
+    values: Floats | None
+
+
 @dataclass(frozen=True)
 class LearnerOptions:
     """How the learner trains. Learning rates are per optimizer step; `tokens_per_microbatch` bounds what one forward
-    pass computes on one rank (unique tokens)."""
+    pass computes on one rank (unique tokens). `value_learning_rate` is the value head's own (None: the same).
+    `most_skipped`: updates in a row that are left out because their loss or gradient is not finite, before that is an
+    error."""
 
     learning_rate: float = 1e-6
+    value_learning_rate: float | None = None
+    most_skipped: int = 0
     lr_scheduler_type: str = "linear"
     warmup_steps: int = 0
     total_steps: int = 1
@@ -71,13 +82,13 @@ class Learner:
         self.frozen = self._frozen_reference() if self.reference_kind == "frozen" else None
 
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.policy, options.weight_decay),
+            _parameter_groups(self.policy, options),
             lr=options.learning_rate,
             betas=options.adam_betas,
             eps=options.adam_epsilon,
             fused=True,
         )
-        self._overflows = 0
+        self._overflows = self._skipped = 0
         self.scheduler = get_scheduler(
             options.lr_scheduler_type, self.optimizer, options.warmup_steps, max(options.total_steps, 1)
         )
@@ -116,28 +127,41 @@ class Learner:
 
         `progress` hears after each forward pass how many of this rank's groups are done, and of how many.
         """
+        scored = self.scores(groups, of_reference=of_reference, progress=progress)
+        return [[sequence.logprobs for sequence in group] for group in scored]
+
+    def scores(
+        self,
+        groups: list[Group],
+        *,
+        of_reference: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[list[SequenceScores]]:
+        """As `logprobs`, with the value head's values beside them (none of the reference)."""
         sizes = [forms.size(self.form, g) for g in groups]
         mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
         batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
-        scored: dict[int, list[Floats]] = {}
+        scored: dict[int, list[SequenceScores]] = {}
         for batch in self._even(batches):
             members = [mine[i] for i in batch]
             chosen = [groups[i] for i in members] or [forms.dummy_group()]
-            logprobs = self._scored(chosen, of_reference).float().cpu().numpy()
-            for i, parts in zip(members, _per_group(logprobs, chosen), strict=False):
-                scored[i] = parts
+            found = self._scored(chosen, of_reference)
+            logprobs = _per_group(found.logprobs_N.float().cpu().numpy(), chosen)
+            values = None if found.values_N is None else _per_group(found.values_N.float().cpu().numpy(), chosen)
+            for k, i in enumerate(members):
+                beside = [None] * len(logprobs[k]) if values is None else values[k]
+                scored[i] = [SequenceScores(*pair) for pair in zip(logprobs[k], beside, strict=True)]
             progress(len(scored), len(mine))
         return _merged(self.accelerator, scored, len(groups))
 
-    def _scored(self, groups: list[Group], of_reference: bool) -> Tensor:
+    def _scored(self, groups: list[Group], of_reference: bool) -> Scores:
         inputs = forms.inputs(self.form, groups, self.device)
         if of_reference and self.reference_kind == "precomputed":
             raise RuntimeError("the reference is precomputed: its log-probabilities come with the sequences")
-        return self._reference_scores(inputs) if of_reference else self._policy_scores(inputs)
-
-    def _policy_scores(self, inputs: ModelInputs) -> Tensor:
+        if of_reference:
+            return Scores(self._reference_scores(inputs), None, None)
         with reference.scoring(self.backend.model):
-            return self.backend.model(inputs).logprobs_N
+            return self.backend.model(inputs)
 
     def _reference_scores(self, inputs: ModelInputs) -> Tensor:
         model = self.frozen if self.frozen is not None else self.backend.model
@@ -158,17 +182,14 @@ class Learner:
         """One optimizer step on `groups` (all ranks' together); returns the means of the objective's metrics, and
         `loss`, `grad_norm`, `learning_rate`, `num_tokens`, `num_computed_tokens` of this step.
 
-        Raises RunFailedError if the loss or the gradient is not finite. A gradient that float16's loss scale has made
-        so is no error: the scale is lowered, the weights stay, and `grad_norm` is NaN.
+        Raises RunFailedError if the loss or the gradient is not finite, more often in a row than `most_skipped`: until
+        then the weights stay, `grad_norm` is NaN and `skipped_updates` 1. A gradient that float16's loss scale has
+        made so is no error: the scale is lowered.
         """
         sizes = [forms.size(self.form, g) for g in groups]
         mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
         batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
-        totals = Totals(
-            tokens=sum(s.num_scored for g in groups for s in g),
-            sequences=sum(len(g) for g in groups),
-            groups=len(groups),
-        )
+        counts = totals(groups)
         sums: dict[str, list[float | Tensor]] = {}
         even = self._even(batches)
         makes_reference = objective.needs_reference and any(
@@ -180,45 +201,58 @@ class Learner:
                 is_last = number == len(even)
                 with self.backend.accumulating(is_last):
                     if batch:
-                        loss = self._loss([groups[mine[i]] for i in batch], objective, totals, sums)
+                        loss = self._loss([groups[mine[i]] for i in batch], objective, counts, sums)
                     else:
                         loss = self._dummy_loss(makes_reference)
                     self.backend.backward(loss, is_last)
         learning_rate = self.learning_rate
         grad_norm = self.backend.apply()
         metrics = self._means(sums)
-        self._overflows = self._overflows + 1 if self.backend.overflowed else 0
-        searching_scale = 0 < self._overflows < MOST_OVERFLOWS
-        if not (np.isfinite(metrics["loss"]) and (np.isfinite(grad_norm) or searching_scale)):
-            raise RunFailedError(
-                f"loss {metrics['loss']}, gradient norm {grad_norm}: not finite. "
-                "Lower learning_rate, or use dtype float32 or bfloat16 rather than float16."
-            )
-        if searching_scale:
-            grad_norm = float("nan")
-        else:
+        applied = self._applied(metrics["loss"], grad_norm)
+        if applied:
             self.scheduler.step()
+        else:
+            grad_norm = float("nan")
         return {
             **metrics,
+            **({"skipped_updates": float(not applied)} if self.options.most_skipped else {}),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "num_tokens": float(sum(len(s.token_ids) for g in groups for s in g)),
             "num_computed_tokens": float(sum(sizes)),
         }
 
-    def _loss(self, groups: list[Group], objective: Objective, totals: Totals, sums: dict[str, list[Any]]) -> Tensor:
+    def _applied(self, loss: float, grad_norm: float) -> bool:
+        """Whether the update changed the weights; raises RunFailedError when it should have and did not."""
+        self._overflows = self._overflows + 1 if self.backend.overflowed else 0
+        if np.isfinite(loss) and 0 < self._overflows < MOST_OVERFLOWS:
+            return False
+        if np.isfinite(loss) and np.isfinite(grad_norm):
+            self._skipped = 0
+            return True
+        self._skipped += 1
+        if self._skipped > self.options.most_skipped or not self.backend.skips_nonfinite:
+            times = f", {self._skipped} updates in a row" if self._skipped > 1 else ""
+            raise RunFailedError(
+                f"loss {loss}, gradient norm {grad_norm}: not finite{times}. "
+                "Lower learning_rate, or use dtype float32 or bfloat16 rather than float16."
+            )
+        return False
+
+    def _loss(self, groups: list[Group], objective: Objective, counts: Totals, sums: dict[str, list[Any]]) -> Tensor:
         inputs = forms.inputs(self.form, groups, self.device)
-        scored = scored_tokens(groups, totals, self.device)
+        scored = scored_tokens(groups, counts, self.device)
         if objective.needs_reference and scored.reference_logprobs_N is None:
             if self.reference_kind == "precomputed":
                 raise RuntimeError("the reference is precomputed, but the sequences do not carry its log-probabilities")
             scored = scored.with_reference(self._reference_scores(inputs))
-        scores: Scores = self.backend.model(inputs)
+        scores: Scores = self.backend.model(inputs, objective.needs_entropy)
+        scored = scored.with_scores(scores.entropies_N, scores.values_N)
         loss, metrics = objective.loss(scores.logprobs_N, scored)
         # Kept as tensors: they are copied to the host once a step, not once a micro-batch.
         sums.setdefault("loss", []).append((loss.detach(), 0))
         for name, values in metrics.items():
-            sums.setdefault(name, []).append((values.detach().double().sum(), values.numel()))
+            sums.setdefault(name, []).append(_reduced(name, values.detach().double()))
         return loss
 
     def _dummy_loss(self, makes_reference: bool) -> Tensor:
@@ -230,18 +264,27 @@ class Learner:
         if makes_reference:
             self._reference_scores(inputs)
         scores: Scores = self.backend.model(inputs)
-        return scores.logprobs_N.sum() * 0.0
+        nothing = scores.logprobs_N.sum() * 0.0
+        return nothing if scores.values_N is None else nothing + scores.values_N.sum() * 0.0
 
     def _means(self, sums: dict[str, list[Any]]) -> dict[str, float]:
+        """Means over all elements of all ranks; of what ends in `max` or `min` the largest or smallest."""
         names = sorted(sums)
-        flat = [float(sum(part for part, _ in sums[name])) for name in names] + [
-            float(sum(n for _, n in sums[name])) for name in names
-        ]
-        flat = sharding.sum_over_ranks(self.accelerator, flat)
-        totals, counts = flat[: len(names)], flat[len(names) :]
-        return {
-            name: total / count if count else total for name, total, count in zip(names, totals, counts, strict=True)
-        }
+        totals = [_extreme(name)([float(part) for part, _ in sums[name]]) for name in names]
+        flat = sharding.sum_over_ranks(
+            self.accelerator,
+            [0.0 if _is_extreme(name) else total for name, total in zip(names, totals, strict=True)]
+            + [float(sum(n for _, n in sums[name])) for name in names],
+        )
+        everyone = sharding.gathered(self.accelerator, totals) if any(map(_is_extreme, names)) else [totals]
+        means = {}
+        for i, name in enumerate(names):
+            count = flat[len(names) + i]
+            if _is_extreme(name):
+                means[name] = _extreme(name)([theirs[i] for theirs in everyone])
+            else:
+                means[name] = flat[i] / count if count else flat[i]
+        return means
 
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
         """As many micro-batches on every rank; those added are empty."""
@@ -279,17 +322,38 @@ class Learner:
         return mixed.get(self.accelerator.mixed_precision, self.causal_lm.dtype)
 
 
-def _parameter_groups(policy: Policy, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, not for biases and norms."""
-    trainable = [p for p in policy.parameters() if p.requires_grad]
-    if not trainable:
+def _parameter_groups(policy: Policy, options: LearnerOptions) -> list[dict[str, Any]]:
+    """Weight decay for matrices only, not for biases and norms; the value head may have its own learning rate."""
+    language = [p for p in policy.causal_lm.parameters() if p.requires_grad]
+    if not language:
         raise RefusedError(
             "the model has no trainable parameter, so training would change nothing. An adapter loaded for inference "
             "needs is_trainable=True; a frozen model needs use_peft: true."
         )
-    decayed, plain = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    head = [] if policy.value_head is None else list(policy.value_head.parameters())
+    rates = ((language, options.learning_rate), (head, options.value_learning_rate or options.learning_rate))
+    groups = []
+    for parameters, rate in rates:
+        groups += [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay, "lr": rate},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": rate},
+        ]
     return [g for g in groups if g["params"]]
+
+
+def _reduced(name: str, values: Tensor) -> tuple[Tensor, int]:
+    """A micro-batch's share of a metric: its sum or extreme, and how many elements it has."""
+    if _is_extreme(name) and values.numel():
+        return (values.max() if name.endswith("max") else values.min()), values.numel()
+    return values.sum(), values.numel()
+
+
+def _is_extreme(name: str) -> bool:
+    return name.endswith(("max", "min"))
+
+
+def _extreme(name: str) -> Callable[[list[float]], float]:
+    return max if name.endswith("max") else min if name.endswith("min") else sum
 
 
 def _per_group(logprobs_N: np.ndarray, groups: list[Group]) -> list[list[Floats]]:
@@ -298,7 +362,9 @@ def _per_group(logprobs_N: np.ndarray, groups: list[Group]) -> list[list[Floats]
     return [[next(parts) for _ in g] for g in groups]
 
 
-def _merged(accelerator: Accelerator, scored: dict[int, list[Floats]], num_groups: int) -> list[list[Floats]]:
+def _merged(
+    accelerator: Accelerator, scored: dict[int, list[SequenceScores]], num_groups: int
+) -> list[list[SequenceScores]]:
     if accelerator.num_processes > 1:
         everyone: list[Any] = [None] * accelerator.num_processes
         torch.distributed.all_gather_object(everyone, scored)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrl.objectives.scored import Totals
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
@@ -20,7 +22,11 @@ class TokenSequence:
 
     token_ids: [L]. scored: [L] bool, which tokens the objective sees; the first token cannot be scored.
     turn_index: [L] or None (one turn). reference_logprobs, behaviour_logprobs: one number per *scored* token, or None.
-    values: named numbers of the whole sequence, such as a reward.
+    token_values: further named numbers, one per scored token. values: named numbers of the whole sequence, such as a
+    reward. weight: how many times the sequence counts.
+    continues: this is a further piece of the sequence before it in the group, for objectives one sequence with it: a
+    rollout whose chat template rewrote what had been said goes on in a new piece. `values` and `weight` are those of
+    the first piece.
     """
 
     token_ids: Ints
@@ -28,13 +34,19 @@ class TokenSequence:
     turn_index: Ints | None = None
     reference_logprobs: Floats | None = None
     behaviour_logprobs: Floats | None = None
+    token_values: dict[str, Floats] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if len(self.token_ids) == 0 or self.scored.shape != self.token_ids.shape:
             raise ValueError(f"{len(self.token_ids)} token ids and a mask of {len(self.scored)}")
         if self.scored[0]:
             raise ValueError("the first token of a sequence has no context and cannot be scored")
+        for name, numbers in self.token_values.items():
+            if len(numbers) != self.num_scored:
+                raise ValueError(f"{len(numbers)} {name} for {self.num_scored} scored tokens")
 
     @property
     def num_scored(self) -> int:
@@ -42,6 +54,19 @@ class TokenSequence:
 
 
 Group = tuple[TokenSequence, ...]
+
+
+def totals(groups: Seq[Group]) -> Totals:
+    """What objectives divide by: the counts of a whole optimizer step."""
+    tokens = sequences = 0.0
+    for group in groups:
+        weight = 1.0
+        for piece in group:
+            if not piece.continues:
+                weight = piece.weight
+                sequences += weight
+            tokens += weight * piece.num_scored
+    return Totals(tokens, sequences, len(groups))
 
 
 def completion(prompt_ids: Seq[int] | Ints, completion_ids: Seq[int] | Ints) -> TokenSequence:

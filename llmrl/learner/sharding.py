@@ -64,6 +64,7 @@ class Backend(Protocol):
 
     model: nn.Module
     overflowed: bool
+    skips_nonfinite: bool
     """The last `apply` changed no weight: float16's loss scale was too high for it, and has been lowered."""
 
     def step(self) -> AbstractContextManager[None]:
@@ -80,7 +81,9 @@ class Backend(Protocol):
 
 
 class PlainBackend:
-    """One process, or DDP."""
+    """One process, or DDP. A gradient that is not finite leaves the weights as they are."""
+
+    skips_nonfinite = True
 
     def __init__(
         self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -116,6 +119,8 @@ class PlainBackend:
 
 class DeepSpeedBackend:
     """ZeRO-1/2/3 through accelerate's plugin; the engine is driven directly: `Accelerator.backward` would step it."""
+
+    skips_nonfinite = False
 
     def __init__(
         self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -168,6 +173,14 @@ def sum_over_ranks(accelerator: Accelerator, values: list[float]) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     torch.distributed.all_reduce(total)
     return total.tolist()
+
+
+def gathered(accelerator: Accelerator, values: list[float]) -> list[list[float]]:
+    """The lists of all ranks, which are equally long."""
+    if accelerator.num_processes == 1:
+        return [values]
+    mine = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
+    return accelerator.gather(mine).tolist()
 
 
 def max_over_ranks(accelerator: Accelerator, value: int) -> int:
