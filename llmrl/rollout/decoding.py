@@ -75,26 +75,29 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def row_uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """Random numbers in [0, 1), float64 [rows, count]: a row's numbers follow from its seed alone."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.rand(count, generator=own, dtype=torch.float64) for own in generators])
+def row_uniforms(seed: int, count: int) -> list[float]:
+    """Random numbers in [0, 1) of one row: they follow from its seed alone, whatever it is decoded beside."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
 
 
-def draw(logits_RV: Tensor, temperature: float, uniforms_R: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability (after temperature; greedy where `uniforms_R` is None, at temperature 1).
+def draw(logits_RV: Tensor, temperatures: Sequence[float], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability (after temperature; temperature 0 is greedy, log-probability at 1).
 
     The token is where the cumulative distribution passes the row's uniform number.
     """
     logits_RV = logits_RV.float()
-    if uniforms_R is None:
-        tokens_R = logits_RV.argmax(-1)
-    else:
-        logits_RV = logits_RV / temperature
+    greedy = [temperature == 0 for temperature in temperatures]
+    if not all(greedy):
+        scale_R = torch.tensor([1.0 if t == 0 else t for t in temperatures], device=logits_RV.device)
+        logits_RV = logits_RV / scale_R[:, None]
         cumulative_RV = logits_RV.softmax(-1).cumsum(-1, dtype=torch.float64)
-        threshold_R = uniforms_R * cumulative_RV[:, -1]
+        threshold_R = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device) * cumulative_RV[:, -1]
         tokens_R = torch.searchsorted(cumulative_RV, threshold_R[:, None], right=True)[:, 0]
         tokens_R = tokens_R.clamp(max=logits_RV.shape[-1] - 1)
+    if any(greedy):
+        best_R = logits_RV.argmax(-1)
+        greedy_R = torch.tensor(greedy, device=logits_RV.device)
+        tokens_R = best_R if all(greedy) else torch.where(greedy_R, best_R, tokens_R)
     chosen_R = logits_RV.gather(-1, tokens_R[:, None])[:, 0]
     logprobs_R = chosen_R - logits_RV.logsumexp(-1)
     if not torch.isfinite(logprobs_R).all():

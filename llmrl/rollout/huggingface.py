@@ -1,16 +1,16 @@
 """Generation with the very model that is being trained, on any device that transformers runs on.
 
 The token loop is our own because `model.generate` keeps finished rows in the batch, prefills a prompt once per
-sample, ties a row's random numbers to its neighbours, and can return log-probabilities only by keeping [rows,
-vocabulary] logits of every step.
+sample, ties a row's random numbers to its neighbours, takes no row that comes later, and can return log-probabilities
+only by keeping [rows, vocabulary] logits of every step.
 
-Shapes: R rows in a batch (a row is one sample of one prompt), U different prompts among them, L prompt tokens, V
-vocabulary.
+Shapes: R rows in the batch (a row is one completion), U different prompts, L columns of the cache, V vocabulary.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,41 @@ from transformers.cache_utils import DynamicLayer
 
 from llmrl.errors import RefusedError
 from llmrl.rollout.decoding import base_model, decoding_mode, draw, row_uniforms
-from llmrl.rollout.protocol import Completion, SamplingParams, row_seed
+from llmrl.rollout.protocol import Completion, FinishReason, SamplingParams
+from llmrl.rollout.stepped import SteppedEngine
 
 COMPACT_BELOW = 0.75  # share of rows still going under which the finished ones leave, which copies the cache
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Row:
-    """Where a completion belongs: prompt number, number of the sample, its seed."""
+    """One completion, waiting or under way; `ended` rows stay in the batch until it is worth copying the cache."""
 
-    prompt: int
-    sample: int
-    seed: int
+    key: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    version: int
+    stop: set[int]
+    uniforms: list[float]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+
+    def completion(self) -> Completion:
+        reason: FinishReason = "stop" if self.tokens[-1] in self.stop else "length"
+        return Completion(self.tokens, self.logprobs, reason, self.sampling.seed, self.version)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it may come to hold in the cache."""
+        return len(self.prompt) + self.sampling.max_tokens
 
 
-class HuggingFaceEngine:
+class HuggingFaceEngine(SteppedEngine):
     """Samples from `model` as it is at the moment of the call.
 
-    `max_rows` completions are generated at once, fewer where prompt and completion tokens of a batch would exceed
-    `max_cache_tokens`: the knobs for memory.
+    `max_rows` completions are under way at once, fewer where the tokens that they may come to hold would exceed
+    `max_cache_tokens`: the knobs for memory. Others wait, and join as soon as there is room.
     """
 
     def __init__(
@@ -47,23 +63,27 @@ class HuggingFaceEngine:
         max_rows: int = 64,
         max_cache_tokens: int = 65_536,
     ) -> None:
+        super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.max_cache_tokens = max_rows, max_cache_tokens
+        self._waiting: list[_Row] = []
+        self._batch: _Batch | None = None
+        self._takes_positions = "position_ids" in inspect.signature(base_model(model).forward).parameters
 
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
-        """For each prompt `sampling.n` completions.
+    # -- the engine's own --------------------------------------------------------------------------------------
 
-        The model's training mode, weights and the global random state are afterwards what they were. Raises
-        `RefusedError` for an empty prompt and for one that leaves no room for `max_tokens` within the model's
-        positions.
-        """
-        self._check(prompt_ids, sampling)
-        found: dict[tuple[int, int], Completion] = {}
-        with torch.no_grad(), decoding_mode(self.model):
-            for rows in self._batches(prompt_ids, sampling):
-                for row, completion in zip(rows, self._batch(rows, prompt_ids, sampling), strict=True):
-                    found[row.prompt, row.sample] = completion
-        return [[found[p, s] for s in range(sampling.n)] for p in range(len(prompt_ids))]
+    def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """The model is the learner's own, so only the version changes; `weights` are not read."""
+        self.policy_version = version
+
+    def sleep(self) -> None:
+        """Nothing is held between calls."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
 
     def stop_token_ids(self, sampling: SamplingParams) -> set[int]:
         """Every token that ends a completion: the tokenizer's, the generation configuration's, the caller's."""
@@ -71,57 +91,99 @@ class HuggingFaceEngine:
         own = configured if isinstance(configured, list) else [configured]
         return {i for i in (self.tokenizer.eos_token_id, *own, *sampling.stop_token_ids) if i is not None}
 
-    def _check(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> None:
+    def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams, number: int) -> None:
         limit = getattr(base_model(self.model).config, "max_position_embeddings", None)
-        for number, ids in enumerate(prompt_ids, 1):
-            if not ids:
-                raise RefusedError(f"prompt {number} is empty: there is nothing to continue")
-            if limit and len(ids) + sampling.max_tokens > limit:
-                raise RefusedError(
-                    f"prompt {number} has {len(ids)} tokens; with {sampling.max_tokens} new ones it exceeds the "
-                    f"model's {limit} positions. Remedy: shorten the prompt or lower the number of new tokens."
-                )
+        if not len(prompt_ids):
+            raise RefusedError(f"prompt {number} is empty: there is nothing to continue")
+        if limit and len(prompt_ids) + sampling.max_tokens > limit:
+            raise RefusedError(
+                f"prompt {number} has {len(prompt_ids)} tokens; with {sampling.max_tokens} new ones it exceeds the "
+                f"model's {limit} positions. Remedy: shorten the prompt or lower the number of new tokens."
+            )
 
-    def _batches(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[list[_Row]]:
-        """Rows of similar prompt length together, the longest first, so that what does not fit shows at once."""
-        rows: list[_Row] = []
-        width = 0
-        for prompt in sorted(range(len(prompt_ids)), key=lambda p: len(prompt_ids[p]), reverse=True):
-            for sample in range(sampling.n):
-                width = width or len(prompt_ids[prompt]) + sampling.max_tokens
-                if rows and (len(rows) == self.max_rows or (len(rows) + 1) * width > self.max_cache_tokens):
-                    yield rows
-                    rows, width = [], len(prompt_ids[prompt]) + sampling.max_tokens
-                rows.append(_Row(prompt, sample, row_seed(sampling.seed, prompt, sample)))
-        if rows:
-            yield rows
+    def _add(self, key: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+        uniforms = row_uniforms(sampling.seed, sampling.max_tokens) if sampling.temperature > 0 else []
+        prompt = tuple(int(i) for i in prompt_ids)
+        stop = self.stop_token_ids(sampling)
+        self._waiting.append(_Row(key, prompt, sampling, self.policy_version, stop, uniforms))
 
-    def _batch(
-        self, rows: list[_Row], prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams
-    ) -> list[Completion]:
-        """Prefill the different prompts once, then decode all rows, dropping those that have ended."""
+    def _abort(self, keys: Sequence[int]) -> None:
+        gone = set(keys)
+        self._waiting = [row for row in self._waiting if row.key not in gone]
+        if self._batch is not None:
+            for row in self._batch.rows:
+                row.ended = row.ended or row.key in gone
+            self._drop_ended()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        with decoding_mode(self.model):
+            yield
+
+    @torch.no_grad()
+    def _step(self) -> list[tuple[int, Completion]]:
+        """One token for every row under way; waiting rows are prefilled and draw their first."""
+        logits = [] if self._batch is None else [self._forward(*self._batch.next_inputs())]
+        if joining := self._admitted():
+            first_logits, new = self._prefill(joining)
+            logits.append(first_logits)
+            self._batch = new if self._batch is None else self._batch.joined(new)
+        assert self._batch is not None, "a step needs a row"
+        ended = self._draw(self._batch, torch.cat(logits))
+        self._drop_ended()
+        return ended
+
+    def _admitted(self) -> list[_Row]:
+        """The waiting rows that there is room for, in their order; at least one where nothing is under way."""
+        going = [] if self._batch is None else [row for row in self._batch.rows if not row.ended]
+        if self._batch is not None and not self._batch.can_be_joined:
+            return []
+        width = max((row.longest for row in going), default=0)
+        count = len(going)
+        for number, row in enumerate(self._waiting):
+            width, count = max(width, row.longest), count + 1
+            if count > 1 and (count > self.max_rows or count * width > self.max_cache_tokens):
+                admitted, self._waiting = self._waiting[:number], self._waiting[number:]
+                return admitted
+        admitted, self._waiting = self._waiting, []
+        return admitted
+
+    def _draw(self, batch: "_Batch", logits_RV: Tensor) -> list[tuple[int, Completion]]:
+        uniforms = [row.uniforms[len(row.tokens)] if row.uniforms and not row.ended else 0.0 for row in batch.rows]
+        tokens_R, logprobs_R = draw(logits_RV, [row.sampling.temperature for row in batch.rows], uniforms)
+        batch.next_ids = tokens_R[:, None]
+        finished = []
+        for row, token, logprob in zip(batch.rows, tokens_R.tolist(), logprobs_R.tolist(), strict=True):
+            if row.ended:
+                continue
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            row.ended = token in row.stop or len(row.tokens) == row.sampling.max_tokens
+            if row.ended:
+                finished.append((row.key, row.completion()))
+        return finished
+
+    def _drop_ended(self) -> None:
+        """Let the ended rows go, once there are enough of them to pay for copying the cache."""
+        assert self._batch is not None
+        going = [i for i, row in enumerate(self._batch.rows) if not row.ended]
+        if not going:
+            self._batch = None
+        elif len(going) < COMPACT_BELOW * len(self._batch.rows):
+            self._batch.keep(going)
+
+    def _prefill(self, rows: list[_Row]) -> tuple[Tensor, "_Batch"]:
+        """(next-token logits [R, V], the rows as a batch of their own); equal prompts are computed once.
+
+        What all prompts begin with (a system message) is computed once, too. Then comes padding, then the rest of
+        each, so that all end in the same column; positions do not count the padding.
+        """
         device = next(self.model.parameters()).device
         prompts = list(dict.fromkeys(row.prompt for row in rows))
-        logits_UV, cache, mask_UL = self._prefill([list(prompt_ids[p]) for p in prompts], device)
-        source_R = torch.tensor([prompts.index(row.prompt) for row in rows], device=device)
-        if len(prompts) < len(rows):
-            cache.batch_select_indices(source_R)
-        state = _Decoding(rows, sampling, self.stop_token_ids(sampling), cache, mask_UL[source_R])
-        logits_RV = logits_UV[source_R]
-        while state.accept(logits_RV):
-            logits_RV = self._forward(state.next_ids, state.mask, state.positions, state.cache)
-        return state.completions()
-
-    def _prefill(self, prompts: list[list[int]], device: torch.device) -> tuple[Tensor, DynamicCache, Tensor]:
-        """(next-token logits [U, V], cache, attention mask [U, L]) of the prompts.
-
-        What all of them begin with (a system message) is computed once. Then comes padding, then the rest of each, so
-        that all end in the same column; positions do not count the padding.
-        """
         cache = DynamicCache(config=base_model(self.model).config)
         shared = _common_prefix(prompts) if self._can_skip_padding(cache) else 0
         count, width = len(prompts), max(map(len, prompts)) - shared
-        ids = torch.full((count, width), self._any_token, device=device)
+        ids = torch.full((count, width), int(self.tokenizer.eos_token_id or 0), device=device)
         mask = torch.zeros((count, width), dtype=torch.long, device=device)
         for i, prompt in enumerate(prompts):
             rest = prompt[shared:]
@@ -133,26 +195,31 @@ class HuggingFaceEngine:
             cache.batch_repeat_interleave(count)
         positions = shared + (mask.cumsum(1) - 1).clamp(min=0)
         mask = torch.cat([mask.new_ones((count, shared)), mask], dim=1)
-        logits = self._forward(ids, mask, positions, cache)
+        logits_UV = self._forward(ids, mask, positions, cache)
+        self._refuse_other_memory(cache, shared + width)
+        number = {prompt: u for u, prompt in enumerate(prompts)}
+        source = torch.tensor([number[row.prompt] for row in rows], device=device)
+        if count < len(rows):
+            cache.batch_select_indices(source)
+        lengths = torch.tensor([[len(row.prompt)] for row in rows], device=device)
+        return logits_UV[source], _Batch(rows, cache, mask[source], lengths, self._can_skip_padding(cache))
+
+    def _refuse_other_memory(self, cache: DynamicCache, length: int) -> None:
         keeps_keys = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-        if not keeps_keys or cache.get_seq_length() != shared + width:
+        if not keeps_keys or cache.get_seq_length() != length:
             raise RefusedError(
                 f"{type(base_model(self.model)).__name__} does not keep its past as keys and values of each token, "
                 "and this engine samples only from models that do. Leave task_evaluation out for this model"
             )
-        return logits, cache, mask
 
     def _can_skip_padding(self, cache: DynamicCache) -> bool:
-        """Whether a key's place in the cache does not matter: padding may then lie between a shared start and the rest.
+        """Whether a key's place in the cache does not matter: padding may then lie between a shared start and the rest,
+        and rows of different lengths may join.
 
         It would shift sliding windows, enter recurrent states, and move what models without `position_ids` (MPT) count.
         """
         plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
-        return plain and "position_ids" in inspect.signature(base_model(self.model).forward).parameters
-
-    @property
-    def _any_token(self) -> int:
-        return int(self.tokenizer.eos_token_id or 0)
+        return plain and self._takes_positions
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Next-token logits [rows, V] after `ids` [rows, new]; the cache grows by them."""
@@ -167,66 +234,58 @@ class HuggingFaceEngine:
         return out.logits[:, -1]
 
 
-class _Decoding:
-    """The rows of one batch while their tokens are drawn. `active` names, for each row of the cache, the row it is."""
+class _Batch:
+    """The rows under way with their cache: all end in its last column, and `mask` [R, L] says which columns are a row's
+    own. `next_ids` [R, 1] are to be forwarded next, at `lengths` [R, 1], which counts what a row holds."""
 
     def __init__(
-        self, rows: list[_Row], sampling: SamplingParams, stop: set[int], cache: DynamicCache, mask_RL: Tensor
+        self, rows: list[_Row], cache: DynamicCache, mask: Tensor, lengths: Tensor, can_be_joined: bool
     ) -> None:
-        device = mask_RL.device
-        self.rows, self.sampling, self.cache, self.mask = rows, sampling, cache, mask_RL
-        self.positions = mask_RL.sum(1, keepdim=True) - 1
-        self.next_ids = self.positions
-        self._stop = torch.tensor(sorted(stop), device=device)
-        self._active = torch.arange(len(rows), device=device)
-        self._going = torch.ones(len(rows), dtype=torch.bool, device=device)
-        self._tokens = torch.zeros((len(rows), sampling.max_tokens), dtype=torch.long, device=device)
-        self._logprobs = torch.zeros((len(rows), sampling.max_tokens), device=device)
-        self._lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
-        self._stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        self._uniforms: Tensor | None = None
-        if sampling.temperature > 0:
-            self._uniforms = row_uniforms([row.seed for row in rows], sampling.max_tokens).to(device)
-        self._step = 0
+        self.rows, self.cache, self.mask, self.lengths = rows, cache, mask, lengths
+        self.can_be_joined = can_be_joined
+        self.next_ids = torch.zeros_like(lengths)
 
-    def accept(self, logits_RV: Tensor) -> bool:
-        """Draw each active row's next token from its logits; False when no row goes on."""
-        uniforms = None if self._uniforms is None else self._uniforms[self._active, self._step]
-        tokens, logprobs = draw(logits_RV, self.sampling.temperature, uniforms)
-        going = self._active[self._going]
-        self._tokens[going, self._step] = tokens[self._going]
-        self._logprobs[going, self._step] = logprobs[self._going]
-        self._lengths[going] += 1
-        ended = self._going & torch.isin(tokens, self._stop)
-        self._stopped[self._active[ended]] = True
-        self._going = self._going & ~ended
-        self._step += 1
-        if self._step == self.sampling.max_tokens or not self._going.any():
-            return False
-        self.next_ids = tokens[:, None]
-        self._drop_ended()
-        self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.mask), 1))], dim=1)
-        self.positions = self.positions + 1
-        return True
+    def next_inputs(self) -> tuple[Tensor, Tensor, Tensor, DynamicCache]:
+        """(ids, mask, positions, cache) of the next token; the rows are from now on one longer."""
+        positions = self.lengths
+        self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.rows), 1))], dim=1)
+        self.lengths = self.lengths + 1
+        return self.next_ids, self.mask, positions, self.cache
 
-    def _drop_ended(self) -> None:
-        if int(self._going.sum()) >= COMPACT_BELOW * len(self._going):
-            return
-        kept = self._going.nonzero()[:, 0]
+    def joined(self, new: "_Batch") -> "_Batch":
+        """These rows and behind them those of `new`; the narrower cache is padded on the left."""
+        width = max(self.mask.shape[1], new.mask.shape[1])
+        for mine, theirs in zip(self.cache.layers, new.cache.layers, strict=True):
+            mine.keys = torch.cat([_padded(mine.keys, 2, width), _padded(theirs.keys, 2, width)])
+            mine.values = torch.cat([_padded(mine.values, 2, width), _padded(theirs.values, 2, width)])
+        mask = torch.cat([_padded(self.mask, 1, width), _padded(new.mask, 1, width)])
+        lengths = torch.cat([self.lengths, new.lengths])
+        return _Batch(self.rows + new.rows, self.cache, mask, lengths, self.can_be_joined)
+
+    def keep(self, places: list[int]) -> None:
+        """Only these rows go on; columns on the left that are padding in all of them are cut."""
+        kept = torch.tensor(places, device=self.mask.device)
         self.cache.batch_select_indices(kept)
-        self._active, self.mask, self.positions = self._active[kept], self.mask[kept], self.positions[kept]
-        self.next_ids, self._going = self.next_ids[kept], self._going[kept]
-
-    def completions(self) -> list[Completion]:
-        """What was drawn, in the order of the rows."""
-        tokens, logprobs = self._tokens.tolist(), self._logprobs.tolist()
-        return [
-            Completion(tokens[i][:length], logprobs[i][:length], "stop" if stopped else "length", self.rows[i].seed)
-            for i, (length, stopped) in enumerate(zip(self._lengths.tolist(), self._stopped.tolist(), strict=True))
-        ]
+        self.rows = [self.rows[i] for i in places]
+        self.mask, self.lengths, self.next_ids = self.mask[kept], self.lengths[kept], self.next_ids[kept]
+        unused = int(self.mask.any(0).to(torch.uint8).argmax())
+        if unused and self.can_be_joined:
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
+            self.mask = self.mask[:, unused:]
 
 
-def _common_prefix(prompts: list[list[int]]) -> int:
+def _padded(tensor: Tensor, dim: int, width: int) -> Tensor:
+    """Zeros in front along `dim`, up to `width`."""
+    missing = width - tensor.shape[dim]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with; at least one token of each is left, whose logits are wanted."""
     first, last = min(prompts), max(prompts)
     most = min(map(len, prompts)) - 1

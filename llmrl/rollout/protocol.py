@@ -7,9 +7,12 @@ rounding of the logits).
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -41,20 +44,45 @@ class Completion:
     """One sampled continuation: the token that ended it, if one did, is its last.
 
     `logprobs[t]` is the log-probability of `token_ids[t]` after temperature (greedy: at temperature 1). `seed` is the
-    row's own, derived by `row_seed`.
+    row's own, derived by `row_seed`. `policy_version`: of the weights with which its first token was drawn.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
     seed: int
+    policy_version: int = 0
 
 
 class Engine(Protocol):
-    """Anything that continues prompts."""
+    """Anything that continues prompts with a policy that can be renewed."""
+
+    policy_version: int
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Completion]]:
-        """For each prompt its `sampling.n` completions, in the order of the prompts."""
+        """For each prompt its `sampling.n` completions, in the order of the prompts; row (p, s) has the seed
+        `row_seed(sampling.seed, p, s)`."""
+        ...
+
+    async def complete(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+        """One completion (`sampling.n` is 1) with the seed `sampling.seed` itself; many may be under way at once."""
+        ...
+
+    def sync(self, weights: Iterable[tuple[str, "Tensor"]], version: int) -> None:
+        """Take over the policy's weights, whole, by their names in the model's state dict; every cache is reset, and
+        what is sampled from now on comes from them. An engine that shares the learner's model does not read them."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back until `wake`, where the engine can."""
+        ...
+
+    def wake(self) -> None:
+        """Be ready to sample again."""
+        ...
+
+    def close(self) -> None:
+        """End; the engine is not used afterwards."""
         ...
 
 
