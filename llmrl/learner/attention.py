@@ -2,7 +2,9 @@
 
 A causal mask of the packed row's size would pay T x T whatever its sparsity. Here each node attends causally to itself
 and everything below a node attends to it without a mask; the parts of a token are merged by their log-sum-exp, and the
-backward pass hands the merged output and log-sum-exp to the kernel's own backward, part by part, which is exact.
+backward pass hands the merged output and log-sum-exp to the kernel's own backward, part by part, which is exact. That
+is the way on a CPU; a GPU would starve on so many small calls and gets one kernel that skips blocks (block_attention).
+Where neither can be had, a dense mask is used: on a CPU with windows or a soft-cap, on a GPU where the kernel fails.
 Without a `layout` (generation, padded batches) the name means transformers' ordinary sdpa.
 """
 
@@ -14,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llmrl.learner.block_attention import block_attention
 from llmrl.learner.prefix_tree import TreeLayout
 
 NAME = "llmrl_tree"
@@ -51,18 +54,33 @@ def tree_attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _in_one_dtype(query, key, value)
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    window = _binding_window(layout, sliding_window)
-    if softcap is not None:
-        out = _softcapped(query, key, value, layout.mask(window), scaling, softcap)
-    elif window is None and query.device.type == "cpu":
-        out = _TreeAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), layout, scaling)
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=layout.mask(window), scale=scaling
-        )
+    window, out = _binding_window(layout, sliding_window), None
+    if query.device.type == "cuda":
+        out = block_attention(query, key, value, layout, scaling, window, softcap)
+    if out is None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        out = _ungrouped(query, key, value, layout, scaling, window, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _ungrouped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """query, key, value [1, heads, T, D] -> [1, heads, T, D]."""
+    if softcap is not None:
+        return _softcapped(query, key, value, layout.mask(window), scaling, softcap)
+    if window is None and query.device.type == "cpu":
+        return _TreeAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), layout, scaling)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=layout.mask(window), scale=scaling
+    )
 
 
 def _in_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

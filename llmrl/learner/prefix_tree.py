@@ -5,10 +5,14 @@ Invariants
   descendants, right behind it.
 - A token attends to itself, to earlier tokens of its node, and to every token of the node's ancestors; its position is
   its depth in the tree, so it sees exactly what it would see in its own unpadded sequence.
+- On a GPU the row is filled up to whole blocks with sequences of one token that nothing sees and nobody scores: one
+  long one could have positions that the model does not.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +22,8 @@ from llmrl.learner.sequences import Group, Ints
 
 MIN_SHARED = 8
 """Shared runs shorter than this stay unshared: a further attention call costs more than recomputing so few tokens."""
+BLOCK = 128
+"""Tokens that block-sparse attention on a GPU treats alike, along rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +41,41 @@ class TreeLayout:
 
     nodes: list[Node]
     positions: Tensor
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made when first asked for and kept under `name` for as long as the layout lives."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence; on the host, fetched once per layout."""
         return int(self.positions.max()) + 1
 
+    @cached_property
+    def subtree_ends(self) -> Ints:
+        """[T]: for each token where the subtree of its node ends."""
+        return np.repeat([n.subtree_end for n in self.nodes], [n.end - n.start for n in self.nodes])
+
     def mask(self, window: int | None = None) -> Tensor:
         """[T, T] bool, True = row attends to column; with `window`, only to the last `window` positions, its own too.
 
         For attention that cannot take the tree piece by piece. Quadratic in T, made once per layout.
         """
-        if window not in self._masks:
-            length = len(self.positions)
-            mask = torch.zeros(length, length, dtype=torch.bool, device=self.positions.device)
-            for node in self.nodes:
-                size = node.end - node.start
-                mask[node.start : node.end, node.start : node.end] = torch.ones(size, size, dtype=torch.bool).tril()
-                mask[node.end : node.subtree_end, node.start : node.end] = True
-            if window is not None:
-                mask &= self.positions[:, None] - self.positions[None, :] < window
-            self._masks[window] = mask
-        return self._masks[window]
+        return self.once(("mask", window), lambda: self._mask(window))
+
+    def _mask(self, window: int | None) -> Tensor:
+        length = len(self.positions)
+        mask = torch.zeros(length, length, dtype=torch.bool, device=self.positions.device)
+        for node in self.nodes:
+            size = node.end - node.start
+            mask[node.start : node.end, node.start : node.end] = torch.ones(size, size, dtype=torch.bool).tril()
+            mask[node.end : node.subtree_end, node.start : node.end] = True
+        if window is not None:
+            mask &= self.positions[:, None] - self.positions[None, :] < window
+        return mask
 
 
 @dataclass(frozen=True)
@@ -122,10 +140,16 @@ def _common_length(sequences: list[Ints], depth: int) -> int:
     return len(first)
 
 
-def pack(groups: list[Group], device: torch.device | str = "cpu") -> PackedTree:
-    """Groups -> one packed row. The order of sequences is that of the groups."""
+def pack(groups: list[Group], device: torch.device | str = "cpu", whole_blocks: bool | None = None) -> PackedTree:
+    """Groups -> one packed row. The order of sequences is that of the groups.
+
+    `whole_blocks`: fill the row up to a multiple of BLOCK tokens, two blocks at least; None: on a GPU.
+    """
     builder = _Builder()
     places = [place for group in groups for place in builder.add_group([s.token_ids for s in group])]
+    if whole_blocks if whole_blocks is not None else torch.device(device).type == "cuda":
+        filled = max(-(-builder.length // BLOCK), 2) * BLOCK
+        builder.add_group([np.zeros(1, np.int64)] * (filled - builder.length))
     positions = torch.from_numpy(np.concatenate(builder.depths)).to(device)
     return PackedTree(np.concatenate(builder.ids), TreeLayout(builder.nodes, positions), places)
 
