@@ -1,0 +1,122 @@
+"""What is kept of a rollout: every turn's tokens as the policy sampled them, and how the rollout ended.
+
+Invariants
+- Token ids are those that the engine was given and gave; nothing is tokenised twice. A piece is a run of tokens in
+  which each turn's prompt begins with all that stood before; where a chat template rewrote what had been said, the
+  rollout goes on in a new piece.
+- Only sampled tokens are scored: not the template's header or closing of a turn, not what the environment said.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+EndState = Literal[
+    "completed",
+    "truncated-length",
+    "truncated-prompt",
+    "truncated-turns",
+    "error-parse",
+    "error-timeout",
+    "error-abort",
+]
+BROKEN: tuple[EndState, ...] = ("error-timeout", "error-abort")
+"""Ends that say nothing of the policy: such a rollout has no reward and is retried or left out."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One completion: tokens [start, end) of a piece, their log-probabilities when sampled, the weights' version.
+
+    `rewards`: what the environment gave for it, by name.
+    """
+
+    piece: int
+    start: int
+    end: int
+    logprobs: list[float]
+    finish_reason: str
+    policy_version: int
+    rewards: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Rollout:
+    """One episode of one data row (numbered from 1): `pieces` are token ids, `messages` all that was said.
+
+    `scores`: what each reward gave (None: no score), the environment's own among them; `reward` is their weighted sum,
+    None where there is none. `opening`: how many of the messages were there before the policy spoke.
+    """
+
+    row: int
+    sample: int
+    seed: int
+    pieces: list[list[int]]
+    turns: list[Turn]
+    messages: list[dict[str, Any]]
+    opening: int
+    end_state: EndState
+    error: str = ""
+    scores: dict[str, float | None] = field(default_factory=dict)
+    reward: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return sum(turn.end - turn.start for turn in self.turns)
+
+    @property
+    def sampled_ids(self) -> list[int]:
+        """The sampled tokens of all turns in order."""
+        return [token for turn in self.turns for token in self.pieces[turn.piece][turn.start : turn.end]]
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a limit ended it."""
+        return self.end_state.startswith("truncated")
+
+    @property
+    def environment_rewards(self) -> dict[str, float]:
+        """Sums over the turns, by name."""
+        totals: dict[str, float] = {}
+        for turn in self.turns:
+            for name, value in turn.rewards.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    def record(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+        """The rollout as a line of rollouts/step_N.jsonl."""
+        return {
+            "row": self.row,
+            "sample": self.sample,
+            "reward": self.reward,
+            "scores": self.scores,
+            "end_state": self.end_state,
+            **({"error": self.error} if self.error else {}),
+            "num_turns": len(self.turns),
+            "num_sampled": self.num_sampled,
+            "policy_versions": sorted({turn.policy_version for turn in self.turns}),
+            "prompt": decode(self.pieces[0][: self.turns[0].start]) if self.turns else "",
+            "messages": self.messages[self.opening :],
+        }
+
+
+@dataclass
+class RolloutGroup:
+    """The rollouts of one data row. `row` holds its columns, `number` counts rows from 1."""
+
+    number: int
+    row: dict[str, Any]
+    rollouts: list[Rollout]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Of the rollouts that have one."""
+        return [rollout.reward for rollout in self.rollouts if rollout.reward is not None]
+
+
+def mean_reward(groups: Sequence[RolloutGroup]) -> float:
+    """Over all rollouts with a reward; NaN where there is none."""
+    rewards = [reward for group in groups for reward in group.rewards]
+    return sum(rewards) / len(rewards) if rewards else float("nan")
