@@ -40,6 +40,8 @@ def tree_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, heads, T, D], key, value [1, kv_heads, T, D] -> [1, T, heads, D]."""
+    if layout is None and softcap is not None:
+        return soft_capped_attention(query, key, value, attention_mask, scaling, softcap), None
     if layout is None:
         return sdpa_attention_forward(
             module,
@@ -54,13 +56,10 @@ def tree_attention(
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = _in_one_dtype(query, key, value)
-    window, out = _binding_window(layout, sliding_window), None
-    if query.device.type == "cuda":
-        out = block_attention(query, key, value, layout, scaling, window, softcap)
+    window = _binding_window(layout, sliding_window)
+    out = block_attention(query, key, value, layout, scaling, window, softcap)
     if out is None:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        out = _ungrouped(query, key, value, layout, scaling, window, softcap)
+        out = _ungrouped(query, *_repeated(query, key, value), layout, scaling, window, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -94,9 +93,32 @@ def _binding_window(layout: TreeLayout, window: int | None) -> int | None:
     return window if window is not None and layout.longest > window else None
 
 
+def _repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """key and value once per query head."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def soft_capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float
+) -> Tensor:
+    """Of padded rows, [B, heads, Q, D] with keys of length L -> [B, Q, heads, D]; no mask means causal.
+
+    transformers' own sdpa leaves the soft-cap out in silence, and the model is then another one.
+    """
+    query, key, value = _in_one_dtype(query, key, value)
+    queries, length = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(queries, length, dtype=torch.bool, device=query.device).tril(length - queries)
+    key, value = _repeated(query, key, value)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _softcapped(query, key, value, mask[..., :length], scaling, softcap).transpose(1, 2).contiguous()
+
+
 def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float) -> Tensor:
     scores = torch.tanh(query @ key.transpose(-1, -2) * (scaling / softcap)) * softcap
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    # The lowest number rather than -inf: a padded row sees nothing, and its gradient would not be a number.
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32)
     return weights.to(query.dtype) @ value
 
 

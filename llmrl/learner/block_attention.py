@@ -24,6 +24,8 @@ from llmrl.learner.prefix_tree import BLOCK, Node, TreeLayout
 MOST_KERNELS = 64
 """Kinds of attention (heads, precision, window, with or without gradients) that one process may compile; torch's own
 limit of 8 is soon reached by a policy and a reward model of different sizes."""
+KERNEL_OPTIONS: Any = {"IS_DIVISIBLE": True}
+"""The length is a multiple of the kernel's blocks, which the compiler cannot know of a length that varies."""
 TRIAL_TOLERANCE = 0.02
 """Largest difference of output or gradient in the trial, relative to the largest element; a wrong mask is far above."""
 
@@ -54,14 +56,9 @@ def block_attention(
     kind = Kind(
         query.device, query.dtype, query.shape[1], key.shape[1], query.shape[-1], window is not None, scaling, softcap
     )
-    if value.shape[-1] != query.shape[-1] or not _is_filled_up(layout) or not _works(kind):
+    if not layout.whole_blocks or value.shape[-1] != query.shape[-1] or not _works(kind):
         return None
     return _attend(query, key, value, block_mask(layout, window), scaling, softcap)
-
-
-def _is_filled_up(layout: TreeLayout) -> bool:
-    length = len(layout.positions)
-    return length % BLOCK == 0 and length >= 2 * BLOCK
 
 
 def _attend(
@@ -79,6 +76,7 @@ def _attend(
             block_mask=mask,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
+            kernel_options=KERNEL_OPTIONS,
         )
 
 
@@ -217,7 +215,7 @@ def _trial_layout(device: torch.device) -> TreeLayout:
     nodes = [Node(0, 300, 500), Node(300, 340, 420), Node(340, 420, 420), Node(420, 500, 500), Node(500, 640, 640)]
     depths = [(0, 300), (300, 340), (340, 420), (300, 380), (0, 140)]
     positions = torch.cat([torch.arange(*depth) for depth in depths])
-    return TreeLayout(nodes, positions.to(device))
+    return TreeLayout(nodes, positions.to(device), whole_blocks=True)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, kind: Kind) -> Tensor:

@@ -37,10 +37,14 @@ class Node:
 
 @dataclass
 class TreeLayout:
-    """The nodes of a packed row of T tokens and each token's position (depth) [T]."""
+    """The nodes of a packed row of T tokens and each token's position (depth) [T].
+
+    whole_blocks: T is a multiple of BLOCK and at least two of them, as block-sparse attention needs it.
+    """
 
     nodes: list[Node]
     positions: Tensor
+    whole_blocks: bool = False
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
@@ -143,15 +147,16 @@ def _common_length(sequences: list[Ints], depth: int) -> int:
 def pack(groups: list[Group], device: torch.device | str = "cpu", whole_blocks: bool | None = None) -> PackedTree:
     """Groups -> one packed row. The order of sequences is that of the groups.
 
-    `whole_blocks`: fill the row up to a multiple of BLOCK tokens, two blocks at least; None: on a GPU.
+    `whole_blocks`: fill the row up to a multiple of BLOCK tokens, two blocks at least (None: on a GPU).
     """
     builder = _Builder()
     places = [place for group in groups for place in builder.add_group([s.token_ids for s in group])]
-    if whole_blocks if whole_blocks is not None else torch.device(device).type == "cuda":
+    whole_blocks = torch.device(device).type == "cuda" if whole_blocks is None else whole_blocks
+    if whole_blocks:
         filled = max(-(-builder.length // BLOCK), 2) * BLOCK
         builder.add_group([np.zeros(1, np.int64)] * (filled - builder.length))
     positions = torch.from_numpy(np.concatenate(builder.depths)).to(device)
-    return PackedTree(np.concatenate(builder.ids), TreeLayout(builder.nodes, positions), places)
+    return PackedTree(np.concatenate(builder.ids), TreeLayout(builder.nodes, positions, whole_blocks), places)
 
 
 def num_unique_tokens(group: Group) -> int:

@@ -3,20 +3,24 @@
 Its backward needs a GPU: there the trial in `block_attention` compares it before it is used.
 """
 
+import functools
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.groups import branching_group, random_pairs
+from support.models import VOCABULARY, make_tiny_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
-from llmrl.learner import attention, block_attention
+from llmrl.learner import attention, batches, block_attention
+from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.prefix_tree import BLOCK, TreeLayout, pack
 from llmrl.learner.sequences import Group, TokenSequence, completion
 
@@ -88,7 +92,7 @@ def test_a_window_drops_the_blocks_that_it_cannot_reach() -> None:
 def test_the_block_mask_lists_partial_and_whole_blocks() -> None:
     """A prompt of two blocks and two answers of one block each, worked out by hand."""
     prompt = list(range(2 * BLOCK))
-    layout = pack([(completion(prompt, [7] * BLOCK), completion(prompt, [8] * BLOCK))]).layout
+    layout = pack([(completion(prompt, [7] * BLOCK), completion(prompt, [8] * BLOCK))], whole_blocks=True).layout
     mask = block_attention.block_mask(layout)
     assert mask.kv_num_blocks[0, 0].tolist() == [1, 1, 1, 1]
     assert mask.kv_indices[0, 0, :, 0].tolist() == [0, 1, 2, 3]
@@ -156,6 +160,51 @@ def test_equals_the_dense_mask(window: int | None, softcap: float | None, draw: 
     assert ours is not None
     torch.testing.assert_close(ours, truth, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours, ungrouped, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 12}),
+        ("gemma2", {"sliding_window": 12, "attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 1}),
+    ],
+)
+def test_whole_models_score_as_with_the_other_ways(
+    kind: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, draw: np.random.Generator
+) -> None:
+    groups = [branching_group(draw), *random_pairs(draw, 2)]
+    model = make_tiny_model(kind, head_dim=16, **settings)
+    learner = Learner(model, LearnerOptions(form="tree"), Accelerator(cpu=True), print)
+    truth = learner.logprobs(groups)
+    calls = []
+    monkeypatch.setattr(batches, "pack", functools.partial(pack, whole_blocks=True))
+    monkeypatch.setattr(block_attention, "_works", lambda kind: calls.append(kind) or True)
+    for ours, true in zip(learner.logprobs(groups), truth, strict=True):
+        for mine, theirs in zip(ours, true, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=2e-5)
+    assert calls
+    assert {kind.has_window for kind in calls} == {"llama": {False}, "mistral": {True}, "gemma2": {True, False}}[kind]
+
+
+def test_padded_rows_keep_the_soft_cap() -> None:
+    """transformers' sdpa drops it in silence; the name that trees are registered under must not, trees or none."""
+    model = make_tiny_model("gemma2", scale=6.0, sliding_window=12, attn_logit_softcapping=1.0, query_pre_attn_scalar=1)
+    ids, mask = torch.randint(0, VOCABULARY, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+    mask[1, 20:] = 0
+
+    def logprobs(implementation: str) -> Tensor:
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[mask.bool()]
+
+    truth = logprobs("eager")
+    torch.testing.assert_close(logprobs(attention.NAME), truth, atol=1e-5, rtol=1e-5)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert (logprobs("eager") - truth).abs().max() > 0.1  # it matters here
 
 
 def test_one_kernel_serves_every_length(monkeypatch: pytest.MonkeyPatch, draw: np.random.Generator) -> None:
