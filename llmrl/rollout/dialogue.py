@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmrl.envs.protocol import Message
+from llmrl.envs.tool_calls import ParseFault
 from llmrl.errors import RefusedError
-from llmrl.rollout.rendering import REFUSALS, Message, ParseFault, Renderer
+from llmrl.rollout.rendering import REFUSALS, Renderer
 
 # Stand-ins for what the policy said, to learn what the template writes around it.
 EARLIER, MARKS = "earlier7131", ("marked2861", "answer9340")
@@ -95,14 +97,14 @@ class Dialogue:
         message = self._message(self._said[1])
         if isinstance(message, ParseFault):
             self._ended = message
-            self.messages.append({"role": "assistant", "content": self._said[1]})
+            self.messages.append(_answer(self._said[1]))
             return message
         self.messages.append(message)
         return copy.deepcopy(message)
 
     def _message(self, text: str) -> Message | ParseFault:
         if self._plain:
-            return {"role": "assistant", "content": text}
+            return _answer(text)
         message = self.renderer.message(text, self._text)
         if isinstance(message, ParseFault):
             return message
@@ -160,33 +162,29 @@ class Dialogue:
         return None
 
     def _kept(self, messages: list[Message]) -> tuple[str, str] | None:
-        """As `_continuation`, where the template differs in nothing but the policy's own turns."""
-        tails = {self._tail(mark, messages) for mark in MARKS}
+        """As `_continuation`, where the template differs in nothing but the policy's own turns.
+
+        What it writes after a turn is learned from a dialogue with stand-ins for all that the policy said.
+        """
+        earlier = [_answer(EARLIER) if message["role"] == "assistant" else message for message in self.messages[:-1]]
+        try:
+            # A head of the turn may be written before the policy speaks only (an opened block of thoughts), an end of
+            # the text only when it does not: either way of ending the dialogue before the turn will do.
+            heads = [self.renderer.render(earlier, self.tools, generation) for generation in (True, False)]
+            wholes = [self.renderer.render([*earlier, _answer(mark), *messages], self.tools) for mark in MARKS]
+        except REFUSALS:
+            return None
+        tails = set()
+        for mark, whole in zip(MARKS, wholes, strict=True):
+            before, _, tail = whole.rpartition(mark)
+            if not (before == heads[0] or before.startswith(heads[1])):
+                return None
+            tails.add(tail)
         tail = tails.pop()
-        if tails or tail is None or not tail.startswith(self._end):
+        if tails or not tail.startswith(self._end):
             return None  # it depends on what was said, or the turn was ended by another token than the template's
         added = tail[len(self._end) :]
         return added, self._text + self._said[0] + self._end + added
-
-    def _tail(self, mark: str, messages: list[Message]) -> str | None:
-        """What the template writes after a policy's turn, from a dialogue with stand-ins for all that it said.
-
-        None where the template refuses that, or what it wrote before the turn does not stay.
-        """
-        known = [
-            {"role": "assistant", "content": EARLIER} if message["role"] == "assistant" else message
-            for message in self.messages[:-1]
-        ]
-        turn = {"role": "assistant", "content": mark}
-        try:
-            whole = self.renderer.render([*known, turn, *messages], self.tools)
-            # A head of the turn may be written before the policy speaks only (an opened block of thoughts), an end of
-            # the text only when it does not: either way of ending the dialogue before the turn will do.
-            heads = [self.renderer.render(known, self.tools, generation) for generation in (True, False)]
-        except REFUSALS:
-            return None
-        before, found, tail = whole.rpartition(mark)
-        return tail if found and (before == heads[0] or before.startswith(heads[1])) else None
 
     def _difference(self, whole: str) -> str:
         said = self._text + self._said[0] + self._end
@@ -207,3 +205,7 @@ def _as_messages(messages: list[Message] | str) -> list[Message]:
     if not messages:
         raise RefusedError("a dialogue needs an opening message, but the environment sent none")
     return copy.deepcopy(messages)
+
+
+def _answer(content: str) -> Message:
+    return {"role": "assistant", "content": content}

@@ -6,15 +6,15 @@ sampled completion is what it adds to the text before it (a tokenizer may decode
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.envs.protocol import Message
+from llmrl.envs.tool_calls import ParseFault, ToolCall
 from llmrl.errors import RefusedError
 
-Message = dict[str, Any]
 History = Literal["as_template", "keep"]
 
 # What a template that does not like its messages raises; the latter four when it expects another type somewhere.
@@ -27,16 +27,9 @@ GUARDS = ("", "\n", ".", "0", "a")
 CONTEXT = 4  # ids before a completion that decide how its first characters are decoded; one is enough for all known
 
 
-@dataclass(frozen=True)
-class ParseFault:
-    """Why what the policy said is no message. The environment never sees it: the rollout ends here."""
-
-    reason: str
-
-
-# From the text of a completion, its thoughts split off where the template knows them: content and tool calls, or the
-# whole message (for formats with channels).
-Parse = Callable[[str], "tuple[str, list[dict[str, Any]]] | Message | ParseFault"]
+# From the text of a completion, its thoughts split off where the template knows them: content and tool calls
+# (`envs.tool_calls.parse_tool_calls`), or the message's keys (for formats with channels).
+Parse = Callable[[str], "tuple[str, list[ToolCall]] | Message | ParseFault"]
 
 
 class Renderer:

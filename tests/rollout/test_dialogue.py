@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.templates import FAMILIES, TOOLS, Family, read_tool_calls, renderer, tokenizer
+from support.templates import FAMILIES, TOOLS, Family, renderer, tokenizer
 from support.words import word_tokenizer
 
+from llmrl.envs.tool_calls import ParseFault, parse_tool_calls
 from llmrl.errors import RefusedError
 from llmrl.rollout.dialogue import Dialogue, Piece
-from llmrl.rollout.rendering import ParseFault, Renderer
+from llmrl.rollout.rendering import Renderer
 
 NAMES = sorted(FAMILIES)
 BYTE_LEVEL = [name for name in NAMES if FAMILIES[name].kind == "bytes" and FAMILIES[name].delimited]
@@ -324,6 +325,16 @@ def test_tool_calls_written_otherwise_start_a_piece() -> None:
     assert dialogue.prompt_ids == template_ids("qwen2_5", dialogue.messages, TOOLS)
 
 
+def test_a_call_in_llama_3s_notation_goes_on() -> None:
+    dialogue = Dialogue(renderer("llama3_1"), QUESTION, TOOLS)
+    text = '{"name": "add", "parameters": {"a": 1, "b": 2}}'
+    message = dialogue.complete([*encoded("llama3_1", text), end_id("llama3_1")], "stop")
+    assert isinstance(message, dict)
+    assert message["tool_calls"][0]["function"]["arguments"] == {"a": 1, "b": 2}
+    assert dialogue.extend(RESULT)
+    assert dialogue.prompt_ids == template_ids("llama3_1", dialogue.messages, TOOLS)
+
+
 def test_channels_of_a_family_whose_template_knows_calls() -> None:
     dialogue = Dialogue(renderer("gptoss"), QUESTION, TOOLS)
     call_id = tokenizer("gptoss").convert_tokens_to_ids("<|call|>")
@@ -392,7 +403,7 @@ def test_what_is_no_message_ends_the_rollout_and_keeps_its_tokens() -> None:
     ids = [*encoded("qwen2_5", "<tool_call>\n{'name'}\n</tool_call>"), end_id("qwen2_5")]
     fault = dialogue.complete(ids, "stop")
     assert isinstance(fault, ParseFault)
-    assert "no tool call" in fault.reason
+    assert "JSON" in fault.reason
     assert sampled(dialogue.pieces()) == [ids]
     assert dialogue.messages[-1]["content"].startswith("<tool_call>")
 
@@ -403,7 +414,7 @@ def test_what_the_template_cannot_write_is_no_message() -> None:
     fault = dialogue.complete(encoded("gptoss", "<|channel|>final<|message|>Two."), "length")
     assert isinstance(fault, ParseFault)
     assert "cannot write it" in fault.reason
-    dialogue = Dialogue(Renderer(tokenizer("llama3_1"), parse=read_tool_calls), QUESTION, TOOLS)
+    dialogue = Dialogue(Renderer(tokenizer("llama3_1"), parse=parse_tool_calls), QUESTION, TOOLS)
     fault = dialogue.complete([*encoded("llama3_1", f"{CALL}\n{CALL}"), end_id("llama3_1")], "stop")
     assert isinstance(fault, ParseFault)
     assert "single tool-calls" in fault.reason

@@ -16,8 +16,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llmrl.envs.protocol import Message
+from llmrl.envs.tool_calls import ParseFault, parse_tool_calls
 from llmrl.models.starter import build_tokenizer
-from llmrl.rollout.rendering import Message, ParseFault, Renderer
+from llmrl.rollout.rendering import Renderer
 
 ROOT = Path(__file__).parents[2]
 TOOLS = [
@@ -187,22 +189,6 @@ def _llama_like() -> Tokenizer:
     return _sentencepiece(both, strip=True)
 
 
-def read_tool_calls(text: str) -> "tuple[str, list[dict[str, Any]]] | ParseFault":
-    """The Hermes format that several families share."""
-    content, *blocks = re.split(r"\n?<tool_call>\n", text)
-    calls = []
-    for block in blocks:
-        inside, found, _ = block.partition("\n</tool_call>")
-        try:
-            call = json.loads(inside)
-            calls.append({"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}})
-        except (ValueError, KeyError, TypeError):
-            return ParseFault(f"no tool call: {inside[:40]!r}")
-        if not found:
-            return ParseFault("the tool call does not end")
-    return content, calls
-
-
 def read_channels(text: str) -> "Message | ParseFault":
     """gpt-oss: thoughts, an answer and a call of a tool each have a channel. Anything else is no message."""
     parts = re.fullmatch(
@@ -226,4 +212,4 @@ def read_channels(text: str) -> "Message | ParseFault":
 
 def renderer(name: str, **settings: Any) -> Renderer:
     """Of a family, reading tool calls in its format."""
-    return Renderer(tokenizer(name), parse=read_channels if name == "gptoss" else read_tool_calls, **settings)
+    return Renderer(tokenizer(name), parse=read_channels if name == "gptoss" else parse_tool_calls, **settings)
