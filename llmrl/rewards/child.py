@@ -65,7 +65,9 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.dup2(2, 1)
     logging.disable(logging.WARNING)  # math-verify warns of each limit that it is told to do without
-    import math_verify  # noqa: F401  (a second at the start rather than within a request's limit)
+    equal(
+        {"gold": r"\frac{x}{2}", "answer": "x/2"}
+    )  # loads and compiles what would else cost the first request its time
 
     parent = os.getppid()
     _send({"ready": True})

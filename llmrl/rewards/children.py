@@ -113,34 +113,35 @@ class ChildPool:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                if child is None or child.process.poll() is not None:
-                    self._drop(child)
-                    child = None  # so that a failing start is not taken for a child
-                    child = self._start()
-                judgement, usable = self._judge(child, request)
-                if not usable:
+                if child is not None and child.process.poll() is not None:
                     self._drop(child)
                     child = None
+                if not self._closed:
+                    child = child or self._start()
+                    judgement = self._judge(child, request)
+                    if not child.usable:
+                        self._drop(child)
+                        child = None
             except Exception as error:  # whatever it is, nobody may wait for ever
-                future.set_exception(error)
-            else:
-                future.set_result(judgement)
+                if not self._closed:
+                    future.set_exception(error)
+                    continue
+            future.set_result(Judgement(None, "the pool was closed") if self._closed else judgement)
         self._drop(child)
 
-    def _judge(self, child: "_Child", request: dict[str, Any]) -> tuple[Judgement, bool]:
-        """(judgement, whether the child can go on)."""
-        if self._closed:
-            return Judgement(None, "the pool was closed"), False
+    def _judge(self, child: "_Child", request: dict[str, Any]) -> Judgement:
         try:
             reply = child.exchange(request, self.seconds)
         except TimeoutError:
+            child.usable = False
             self._count("killed")
-            return Judgement(None, f"no answer within {self.seconds:g} s"), False
+            return Judgement(None, f"no answer within {self.seconds:g} s")
         except (OSError, EOFError):
+            child.usable = False
             self._count("crashed")
-            return Judgement(None, f"the verifier process ended {child.ending()}"), False
+            return Judgement(None, f"the verifier process ended {child.ending()}")
         self._count("answered")
-        return Judgement(reply["score"], reply["reason"]), True
+        return Judgement(reply["score"], reply["reason"])
 
     def _start(self) -> "_Child":
         """A child that is ready. Raises ChildStartError, at once where the last few starts have failed."""
@@ -175,9 +176,10 @@ class ChildPool:
 
 
 class _Child:
-    """One process and our end of its socket. It finds the packages that we find."""
+    """One process and our end of its socket. It finds the packages that we find. `usable`: it can take a request."""
 
     def __init__(self, memory_mb: int) -> None:
+        self.usable = True
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `end`)
         self._socket, theirs = socket.socketpair()
         variables = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}

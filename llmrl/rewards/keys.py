@@ -3,7 +3,7 @@
 A method inherits `RewardKeys` beside its other groups.
 """
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -25,7 +25,7 @@ class RewardFunctionKeys(Keys):
     """What its scores are multiplied by before they are added up."""
     name: Text | None = None
     """Its name in metrics (rewards/NAME/mean); the function's own when not given."""
-    options: dict[str, Any] = {}
+    options: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Its options: of a built-in function its own, of one of yours further keyword arguments."""
 
     @model_validator(mode="wrap")
@@ -52,9 +52,12 @@ class RewardKeys(Keys):
     """Rewards: what judges an answer."""
 
     rewards: Annotated[list[RewardFunctionKeys], Field(min_length=1)]
-    """Reward functions, each a name or a section (function, weight, name, options); their weighted sum is the reward."""
+    """Reward functions, each a name or a section (function, weight, name, options); their weighted sum counts."""
     reward_clip: Annotated[float, Field(gt=0)] | None = None
     """The weighted sum is held between minus this and this; null = as it is."""
+    reward_missing: Literal["leave_out", "no_score"] = "leave_out"
+    """Where a function has no score for a completion: its part is left out of the sum, as in TRL, or there is no sum
+    and the completion is not trained on. Without any function's score there is never a sum."""
     reward_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
     """A call of one of your reward functions that takes longer gives no score."""
     reward_max_failures: Annotated[int, Field(ge=1), Housekeeping()] = 3
@@ -70,7 +73,7 @@ class RewardKeys(Keys):
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice:
             raise ValueError(f"rewards: two functions are called `{twice}`; give each a `name` of its own")
-        if all(entry.weight == 0 for entry in self.rewards):
+        if self.rewards and all(entry.weight == 0 for entry in self.rewards):
             raise ValueError("rewards: every weight is 0, so that nothing is rewarded")
         return self
 

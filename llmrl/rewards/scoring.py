@@ -1,0 +1,164 @@
+"""Scores completions by several weighted reward functions at once.
+
+    total = sum over functions with a score of weight * score
+
+Invariants: no score is None, never 0 and never NaN; a completion that no weighted function scored has no total; the
+event loop is never blocked; a function's failure costs its own scores only, until it fails again and again.
+
+    scorer = Scorer(config, run.console.say)
+    scorer.check(columns, "data.jsonl")          # before anything expensive
+    scores = await scorer.score(prompts, completions, completion_ids, columns)
+    metrics.update(scorer.metrics())             # of all calls since the last time
+    scorer.close()
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmrl.errors import RefusedError
+from llmrl.rewards.calls import Caller, Say, Tally
+from llmrl.rewards.children import ChildPool
+from llmrl.rewards.functions import Rewards
+from llmrl.rewards.keys import RewardKeys
+from llmrl.rewards.loading import load
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of S completions, in their order.
+
+    `totals_S`: the weighted sums. `by_function`: each function's own scores, unweighted. `extra`: further columns that
+    functions logged (`log_extra`), for the file of rollouts.
+    """
+
+    totals_S: Rewards
+    by_function: dict[str, Rewards]
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def no_score(self) -> int:
+        """Completions without a total."""
+        return self.totals_S.count(None)
+
+
+class Scorer:
+    """The reward functions of a configuration, ready to be called from any event loop."""
+
+    def __init__(self, keys: RewardKeys, say: Say, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
+        """`functions`: further ones by name, as a program hands them over. Loads reward models.
+
+        Raises RefusedError for functions that are not there and for options that they do not take.
+        """
+        self.pool = ChildPool(keys.verifier_processes, keys.verifier_timeout_seconds)
+        self.weights = {entry.label: entry.weight for entry in keys.rewards}
+        self._clip, self._leave_out = keys.reward_clip, keys.reward_missing == "leave_out"
+        self._callers = {
+            entry.label: Caller(
+                entry.label,
+                load(entry, self.pool, say, functions),
+                keys.reward_timeout_seconds,
+                keys.reward_max_failures,
+                say,
+            )
+            for entry in keys.rewards
+        }
+        self._recent: dict[str, list[float]] = {}
+
+    def check(self, columns: Collection[str], where: str) -> None:
+        """Refuse data (`where` it is from) that lacks a column which a function needs."""
+        for label, caller in self._callers.items():
+            for names in caller.function.needs:
+                if not any(name in columns for name in names):
+                    wanted = " or ".join(f"`{name}`" for name in names)
+                    raise RefusedError(
+                        f"{where}: the reward function {label} needs the column {wanted}; there are "
+                        f"{', '.join(sorted(columns))}. Name another column in its options, or add it to the data"
+                    )
+
+    async def score(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        trainer_state: Any = None,
+    ) -> Scores:
+        """Scores of S completions; `columns` have an entry for each. All functions run at the same time.
+
+        Raises RunFailedError as `Caller` does.
+        """
+        for name, values in {"prompts": prompts, "completion_ids": completion_ids, **columns}.items():
+            if len(values) != len(completions):
+                raise ValueError(f"{len(completions)} completions, but {len(values)} {name}")
+        extra: dict[str, list[Any]] = {}
+        arguments = {
+            **columns,
+            "prompts": list(prompts),
+            "completions": list(completions),
+            "completion_ids": list(completion_ids),
+            "log_extra": lambda name, values: extra.update({name: list(values)}),
+            "log_metric": lambda name, value: self._note(name, [float(value)]),
+        }
+        if trainer_state is not None:
+            arguments["trainer_state"] = trainer_state
+        by_function = await self._all(arguments, len(completions))
+        totals = [self._total(values) for values in zip(*by_function.values(), strict=True)]
+        for label, scores in by_function.items():
+            self._note(f"rewards/{label}", scores)
+        self._note("reward", totals)
+        return Scores(totals, by_function, extra)
+
+    async def _all(self, arguments: dict[str, Any], count: int) -> dict[str, Rewards]:
+        tasks = [asyncio.ensure_future(caller(arguments, count)) for caller in self._callers.values()]
+        try:
+            found = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return dict(zip(self._callers, found, strict=True))
+
+    def _total(self, scores: Sequence[float | None]) -> float | None:
+        """The weighted sum of one completion's scores; functions of weight 0 are only for show."""
+        parts = [(weight, score) for weight, score in zip(self.weights.values(), scores, strict=True) if weight]
+        there = [weight * score for weight, score in parts if score is not None]
+        if not there or (len(there) < len(parts) and not self._leave_out):
+            return None
+        total = sum(there)
+        return total if self._clip is None else max(-self._clip, min(self._clip, total))
+
+    def _note(self, name: str, values: Sequence[float | None]) -> None:
+        self._recent.setdefault(name, []).extend(value for value in values if value is not None)
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """What has happened so far, by function."""
+        return {label: caller.tally for label, caller in self._callers.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """Means (and standard deviations of the rewards, named as in TRL) since the last time this was asked, and the
+        running counts of what went without a score."""
+        recent, self._recent = self._recent, {}
+        found: dict[str, float] = {}
+        for name, values in recent.items():
+            if not values:
+                continue
+            mean = sum(values) / len(values)
+            if name.startswith("rewards/"):
+                found[f"{name}/mean"] = mean
+                found[f"{name}/std"] = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
+            else:
+                found[name] = mean
+        for label, tally in self.tallies.items():
+            found[f"rewards/{label}/no_score"] = float(tally.no_score)
+            found[f"rewards/{label}/failures"] = float(tally.failures)
+            found[f"rewards/{label}/seconds"] = tally.seconds
+        found["verifier/killed"] = float(self.pool.counts.killed)
+        found["verifier/crashed"] = float(self.pool.counts.crashed)
+        return found
+
+    def close(self) -> None:
+        """End the verifier processes."""
+        self.pool.close()
