@@ -32,6 +32,31 @@ def rows_for_step(step: int, rows_per_step: int, num_rows: int, seed: int) -> li
     return rows
 
 
+class RowCursor:
+    """Rows one after another, in the same order as `rows_for_step`, for steps that take as many as they need.
+
+    `position` counts the rows taken since the start; `state_dict` and `load_state_dict` put it into a checkpoint.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows, self.seed, self.position = num_rows, seed, 0
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` rows."""
+        rows = []
+        for position in range(self.position, self.position + count):
+            epoch, place = divmod(position, self.num_rows)
+            rows.append(int(_permutation(self.num_rows, self.seed, epoch)[place]))
+        self.position += count
+        return rows
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
 @functools.lru_cache(maxsize=4)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     # NumPy promises that RandomState, unlike Generator, draws the same numbers in every later version: a checkpoint

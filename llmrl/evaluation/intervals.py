@@ -47,3 +47,15 @@ def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, f
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == n else (centre + half) / scale
     return low, high
+
+
+def mean_interval(values: Sequence[float], z: float = Z_95) -> tuple[float, float, float]:
+    """(mean, low, high): of zeros and ones Wilson's interval, else mean -+ z s / sqrt(n); NaN without a value."""
+    n = len(values)
+    if n == 0:
+        return math.nan, math.nan, math.nan
+    mean = sum(values) / n
+    if all(value in (0, 1) for value in values):
+        return mean, *wilson_interval(sum(values), n, z)
+    half = z * math.sqrt(sum((value - mean) ** 2 for value in values) / max(n - 1, 1) / n)
+    return mean, mean - half, mean + half

@@ -178,9 +178,19 @@ class Learner:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def update(self, groups: list[Group], objective: Objective) -> dict[str, float]:
+    def update(
+        self,
+        groups: list[Group],
+        objective: Objective,
+        counts: Totals | None = None,
+        *,
+        advance_schedule: bool = True,
+    ) -> dict[str, float]:
         """One optimizer step on `groups` (all ranks' together); returns the means of the objective's metrics, and
         `loss`, `grad_norm`, `learning_rate`, `num_tokens`, `num_computed_tokens` of this step.
+
+        `counts`: the denominators, where more belongs to the step than is computed (sequences without a gradient).
+        `advance_schedule`: the learning rate moves on with it; otherwise call `advance_schedule()` in its time.
 
         Raises RunFailedError if the loss or the gradient is not finite, more often in a row than `most_skipped`: until
         then the weights stay, `grad_norm` is NaN and `skipped_updates` 1. A gradient that float16's loss scale has
@@ -189,7 +199,7 @@ class Learner:
         sizes = [forms.size(self.form, g) for g in groups]
         mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
         batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
-        counts = totals(groups)
+        counts = counts or totals(groups)
         sums: dict[str, list[float | Tensor]] = {}
         even = self._even(batches)
         makes_reference = objective.needs_reference and any(
@@ -209,9 +219,9 @@ class Learner:
         grad_norm = self.backend.apply()
         metrics = self._means(sums)
         applied = self._applied(metrics["loss"], grad_norm)
-        if applied:
-            self.scheduler.step()
-        else:
+        if applied and advance_schedule:
+            self.advance_schedule()
+        if not applied:
             grad_norm = float("nan")
         return {
             **metrics,
@@ -221,6 +231,10 @@ class Learner:
             "num_tokens": float(sum(len(s.token_ids) for g in groups for s in g)),
             "num_computed_tokens": float(sum(sizes)),
         }
+
+    def advance_schedule(self) -> None:
+        """The learning rate of the next step of the schedule."""
+        self.scheduler.step()
 
     def _applied(self, loss: float, grad_norm: float) -> bool:
         """Whether the update changed the weights; raises RunFailedError when it should have and did not."""
@@ -252,7 +266,8 @@ class Learner:
         # Kept as tensors: they are copied to the host once a step, not once a micro-batch.
         sums.setdefault("loss", []).append((loss.detach(), 0))
         for name, values in metrics.items():
-            sums.setdefault(name, []).append(_reduced(name, values.detach().double()))
+            if values.numel():
+                sums.setdefault(name, []).append(_reduced(name, values.detach().double()))
         return loss
 
     def _dummy_loss(self, makes_reference: bool) -> Tensor:
@@ -268,22 +283,20 @@ class Learner:
         return nothing if scores.values_N is None else nothing + scores.values_N.sum() * 0.0
 
     def _means(self, sums: dict[str, list[Any]]) -> dict[str, float]:
-        """Means over all elements of all ranks; of what ends in `max` or `min` the largest or smallest."""
-        names = sorted(sums)
-        totals = [_extreme(name)([float(part) for part, _ in sums[name]]) for name in names]
-        flat = sharding.sum_over_ranks(
-            self.accelerator,
-            [0.0 if _is_extreme(name) else total for name, total in zip(names, totals, strict=True)]
-            + [float(sum(n for _, n in sums[name])) for name in names],
-        )
-        everyone = sharding.gathered(self.accelerator, totals) if any(map(_is_extreme, names)) else [totals]
+        """Means over all elements of all ranks; of what ends in `max` or `min` the largest or smallest.
+
+        Ranks may know other names: one that had nothing to compute knows none.
+        """
+        mine = {
+            name: (_extreme(name)([float(part) for part, _ in parts]), float(sum(n for _, n in parts)))
+            for name, parts in sums.items()
+        }
+        everyone = sharding.gather_objects(self.accelerator, mine)
         means = {}
-        for i, name in enumerate(names):
-            count = flat[len(names) + i]
-            if _is_extreme(name):
-                means[name] = _extreme(name)([theirs[i] for theirs in everyone])
-            else:
-                means[name] = flat[i] / count if count else flat[i]
+        for name in sorted({name for theirs in everyone for name in theirs}):
+            totals, counts = zip(*(theirs[name] for theirs in everyone if name in theirs), strict=True)
+            total, count = _extreme(name)(list(totals)), sum(counts)
+            means[name] = total if _is_extreme(name) or not count else total / count
         return means
 
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
@@ -343,7 +356,7 @@ def _parameter_groups(policy: Policy, options: LearnerOptions) -> list[dict[str,
 
 def _reduced(name: str, values: Tensor) -> tuple[Tensor, int]:
     """A micro-batch's share of a metric: its sum or extreme, and how many elements it has."""
-    if _is_extreme(name) and values.numel():
+    if _is_extreme(name):
         return (values.max() if name.endswith("max") else values.min()), values.numel()
     return values.sum(), values.numel()
 
@@ -365,8 +378,6 @@ def _per_group(logprobs_N: np.ndarray, groups: list[Group]) -> list[list[Floats]
 def _merged(
     accelerator: Accelerator, scored: dict[int, list[SequenceScores]], num_groups: int
 ) -> list[list[SequenceScores]]:
-    if accelerator.num_processes > 1:
-        everyone: list[Any] = [None] * accelerator.num_processes
-        torch.distributed.all_gather_object(everyone, scored)
-        scored = {i: parts for share in everyone for i, parts in share.items()}
+    everyone = sharding.gather_objects(accelerator, scored)
+    scored = {i: parts for share in everyone for i, parts in share.items()}
     return [scored[i] for i in range(num_groups)]

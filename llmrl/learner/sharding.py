@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llmrl.errors import RefusedError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
 
 
 def build_accelerator(mixed_precision: str = "no") -> Accelerator:
@@ -166,21 +167,13 @@ def zero_stage(accelerator: Accelerator) -> int:
     return int(accelerator.state.deepspeed_plugin.zero_stage)
 
 
-def sum_over_ranks(accelerator: Accelerator, values: list[float]) -> list[float]:
-    """Element-wise sum over ranks, in float64; a no-op for one process."""
+def gather_objects(accelerator: Accelerator, mine: T) -> list[T]:
+    """What every rank holds, in the order of the ranks."""
     if accelerator.num_processes == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    torch.distributed.all_reduce(total)
-    return total.tolist()
-
-
-def gathered(accelerator: Accelerator, values: list[float]) -> list[list[float]]:
-    """The lists of all ranks, which are equally long."""
-    if accelerator.num_processes == 1:
-        return [values]
-    mine = torch.tensor([values], dtype=torch.float64, device=accelerator.device)
-    return accelerator.gather(mine).tolist()
+        return [mine]
+    everyone: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def max_over_ranks(accelerator: Accelerator, value: int) -> int:

@@ -94,7 +94,7 @@ class Progress:
 class Collector:
     """Rollouts of `environment`s with the policy in `engine`, scored by `score` (None: environments' own rewards).
 
-    `report` hears about once a second how far it is.
+    `report` hears about once a second how far it is; what it raises ends the collection.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class _Collection:
         running = {asyncio.create_task(self._rollout_until_sound(t, s)): (t, s) for t, s in order}
         reporting = asyncio.create_task(self._report(len(order)))
         try:
-            await self._until_enough(set(running))
+            await self._until_enough(set(running), reporting)
             for t in range(len(self.tasks)):
                 self._start_scoring(t)
             scored = [await self.scoring[t] for t in sorted(self.scoring)]
@@ -148,16 +148,16 @@ class _Collection:
             await asyncio.gather(*running, *self.scoring.values(), reporting, return_exceptions=True)
         return Collected(groups, self.counts, time.monotonic() - self.started, self.num_sampled)
 
-    async def _until_enough(self, running: set[asyncio.Task[None]]) -> None:
+    async def _until_enough(self, running: set[asyncio.Task[None]], reporting: asyncio.Task[None]) -> None:
         """Wait for all rollouts, or for as many as the early stop asks for; the first error ends everything."""
         total = len(running)
         while running:
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-            for scored in self.scoring.values():
-                if scored.done():
-                    scored.result()
+            watched = {*running, *self.scoring.values(), reporting}
+            await asyncio.wait({task for task in watched if not task.done()}, return_when=asyncio.FIRST_COMPLETED)
+            for task in watched:
+                if task.done():
+                    task.result()
+            running = {task for task in running if not task.done()}
             if running and self.policy.early_stop < 1 and self._enough(total):
                 self._count("given_up", len(running))
                 return
@@ -241,8 +241,10 @@ class _Collection:
             self.counts[name] = self.counts.get(name, 0) + number
 
     async def _report(self, total: int) -> None:
-        while self.collector.report is not None:
+        while True:
             await asyncio.sleep(1.0)
+            if self.collector.report is None:
+                continue
             kinds = list(self.places.values())
             most = max(set(kinds), key=kinds.count) if kinds else "nothing"
             seconds = time.monotonic() - self.started

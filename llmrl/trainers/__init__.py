@@ -9,6 +9,7 @@ torch only inside functions, so that a command line can be checked at once.
 
 METHODS: dict[str, str] = {
     "dpo": "llmrl.trainers.dpo",
+    "loop": "llmrl.trainers.loop",
     "sft": "llmrl.trainers.sft",
     "reward": "llmrl.trainers.reward",
 }

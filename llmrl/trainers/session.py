@@ -13,6 +13,7 @@ Invariants
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -84,6 +85,17 @@ class Session:
             line = {**metrics, "num_tokens": self.state.num_input_tokens_seen}
             self.run.log(step, line)
             self._tell("on_log", logs=line)
+
+    @contextmanager
+    def before_updates(self) -> Iterator[None]:
+        """Around what a step does before it changes any weight, such as sampling: where that fails or is interrupted,
+        a checkpoint of the steps done so far is left."""
+        try:
+            yield
+        except (RunFailedError, RunInterruptedError):
+            if self.state.global_step > 0:
+                self._save(self.state.global_step)
+            raise
 
     def finish(self) -> None:
         """The last checkpoint, the last evaluation, and the model in `final/`.

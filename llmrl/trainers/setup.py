@@ -1,8 +1,9 @@
 """From a configuration to a learner and an evaluator: what the loops that train a causal model have in common."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from accelerate import Accelerator
 from torch import nn
@@ -28,9 +29,17 @@ class LearnerKeys(Protocol):
 
 
 def build_learner(
-    model: ModelKeys, optimization: OptimizationKeys, own: LearnerKeys, total_steps: int, say: Callable[[str], None]
+    model: ModelKeys,
+    optimization: OptimizationKeys,
+    own: LearnerKeys,
+    total_steps: int,
+    say: Callable[[str], None],
+    **further: Any,
 ) -> Learner:
-    """The configured model in a learner, on whatever was launched; all three arguments may be the same object."""
+    """The configured model in a learner, on whatever was launched; the first three arguments may be the same object.
+
+    `further`: LearnerOptions that the method sets.
+    """
     dtype, mixed_precision = precision(model, optimization.mixed_precision, say)
     accelerator = build_accelerator(mixed_precision)
     set_seed(optimization.seed)
@@ -53,6 +62,7 @@ def build_learner(
         form=form,
         gradient_checkpointing=model.gradient_checkpointing,
     )
+    options = dataclasses.replace(options, **further)
     return Learner(causal_lm, options, accelerator, say)
 
 

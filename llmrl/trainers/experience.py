@@ -1,0 +1,223 @@
+"""A step's rollouts as the learner takes them, and the optimizer steps that are made of them.
+
+    experience = Experience(groups)              # from the collector
+    experience.score(learner, algorithm)         # old, reference and value predictions, where the algorithm needs them
+    experience.assign_advantages(algorithm)
+    metrics = experience.train(learner, objective, ...)
+
+Invariants
+- Flat vectors `_N` run over the scored tokens of all rollouts in the order of `samples`, `_S` over the rollouts.
+- What cannot teach (no advantage, and no other term in the loss) is not computed, but counts in every denominator.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmrl.learner.learner import Learner
+from llmrl.learner.sequences import Floats, Group, TokenSequence, totals
+from llmrl.objectives.presets import Preset
+from llmrl.objectives.scored import Objective
+from llmrl.rollout.trajectory import Rollout, RolloutGroup
+
+
+@dataclass
+class Sample:
+    """One rollout: its pieces for the learner, its reward, and which prompt of the step it answers."""
+
+    pieces: Group
+    reward: float
+    group: int
+
+    @property
+    def num_scored(self) -> int:
+        return sum(piece.num_scored for piece in self.pieces)
+
+
+class Experience:
+    """The rollouts of one step that have a reward and at least one sampled token."""
+
+    def __init__(self, groups: Sequence[RolloutGroup]) -> None:
+        self.samples = [
+            Sample(pieces, float(rollout.reward), number)
+            for number, group in enumerate(groups)
+            for rollout in group.rollouts
+            if rollout.reward is not None and (pieces := token_sequences(rollout, {"reward": rollout.reward}))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def rewards_S(self) -> Tensor:
+        return torch.tensor([sample.reward for sample in self.samples], dtype=torch.float32)
+
+    @property
+    def group_index_S(self) -> Tensor:
+        return torch.tensor([sample.group for sample in self.samples])
+
+    @property
+    def sequence_index_N(self) -> Tensor:
+        counts = torch.tensor([sample.num_scored for sample in self.samples])
+        return torch.arange(len(self.samples)).repeat_interleave(counts)
+
+    def token_values(self, name: str) -> Tensor | None:
+        """[N]: what `set_token_values` put there under this name, or None."""
+        parts = [piece.token_values.get(name) for sample in self.samples for piece in sample.pieces]
+        found = [part for part in parts if part is not None]
+        return torch.from_numpy(np.concatenate(found)) if found and len(found) == len(parts) else None
+
+    def set_token_values(self, name: str, values_N: Tensor) -> None:
+        """Give every scored token a number under this name."""
+        numbers = iter(_split(values_N.float().numpy(), [p.num_scored for s in self.samples for p in s.pieces]))
+        for sample in self.samples:
+            sample.pieces = tuple(
+                replace(piece, token_values={**piece.token_values, name: next(numbers)}) for piece in sample.pieces
+            )
+
+    def score(self, learner: Learner, *, old: bool, reference: bool, values: bool) -> None:
+        """Ask the learner, as it is now, for what the updates will compare with: `old_logprobs`, `old_values`, and the
+        reference's log-probabilities."""
+        groups = self._groups(range(len(self)))
+        if old or values:
+            scored = [piece for group in learner.scores(groups) for piece in group]
+            self.set_token_values("old_logprobs", _joined(piece.logprobs for piece in scored))
+            if values:
+                found = [piece.values for piece in scored if piece.values is not None]
+                assert len(found) == len(scored), "values need a value head"
+                self.set_token_values("old_values", _joined(found))
+        if reference:
+            parts = iter([piece for group in learner.logprobs(groups, of_reference=True) for piece in group])
+            for sample in self.samples:
+                sample.pieces = tuple(replace(piece, reference_logprobs=next(parts)) for piece in sample.pieces)
+
+    def reference_logprobs(self) -> Tensor | None:
+        """[N], or None where `score` was not asked for them."""
+        parts = [piece.reference_logprobs for sample in self.samples for piece in sample.pieces]
+        found = [part for part in parts if part is not None]
+        return torch.from_numpy(np.concatenate(found)) if found else None
+
+    def assign_advantages(self, algorithm: Preset) -> Tensor:
+        """Put `advantages` (and with a critic `returns`) on the tokens; returns each rollout's largest |A|, [S]."""
+        advantages_N, returns_N = algorithm.advantages(
+            self.rewards_S,
+            self.sequence_index_N,
+            self.group_index_S,
+            self.token_values("old_logprobs"),
+            self.reference_logprobs(),
+            self.token_values("old_values"),
+        )
+        self.set_token_values("advantages", advantages_N)
+        if returns_N is not None:
+            self.set_token_values("returns", returns_N)
+        largest_S = torch.zeros(len(self.samples))
+        return largest_S.scatter_reduce(0, self.sequence_index_N, advantages_N.abs().float(), "amax")
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Only these rollouts, in their old order."""
+        self.samples = [self.samples[i] for i in sorted(indices)]
+
+    def set_weights(self, weights_S: Sequence[float]) -> None:
+        """How many times each rollout counts; those that count 0 times leave."""
+        for sample, weight in zip(self.samples, weights_S, strict=True):
+            sample.pieces = tuple(replace(piece, weight=float(weight)) for piece in sample.pieces)
+        self.samples = [sample for sample, weight in zip(self.samples, weights_S, strict=True) if weight > 0]
+
+    def train(
+        self,
+        learner: Learner,
+        objective: Objective,
+        *,
+        epochs: int,
+        rollouts_per_update: int | None,
+        seed: int,
+        skip_idle: bool,
+        after_update: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, float]:
+        """All optimizer steps of one step of the method; returns the means of their metrics.
+
+        Every epoch goes through all rollouts once, in an order drawn from `seed`, `rollouts_per_update` at a time
+        (None: all). `skip_idle`: rollouts without an advantage add nothing to the gradient and are not computed.
+        """
+        batches = self._minibatches(epochs, rollouts_per_update, seed)
+        done: list[dict[str, float]] = []
+        for number, indices in enumerate(batches, 1):
+            counts = totals(self._groups(indices))
+            teaching = [i for i in indices if not skip_idle or self._has_advantage(i)]
+            if teaching:
+                done.append(learner.update(self._groups(teaching), objective, counts, advance_schedule=False))
+            after_update(number, len(batches))
+        learner.advance_schedule()
+        return {**_means(done, learner.learning_rate), "updates": float(len(done))}
+
+    def _has_advantage(self, index: int) -> bool:
+        return any(bool(np.any(piece.token_values["advantages"])) for piece in self.samples[index].pieces)
+
+    def _minibatches(self, epochs: int, size: int | None, seed: int) -> list[list[int]]:
+        count = len(self.samples)
+        if size is None or size >= count:
+            return [list(range(count)) for _ in range(epochs)] if count else []
+        draw = np.random.RandomState(seed % 2**32)
+        orders: list[NDArray[np.int64]] = [draw.permutation(count) for _ in range(epochs)]
+        return [order[start : start + size].tolist() for order in orders for start in range(0, count, size)]
+
+    def _groups(self, indices: Iterable[int]) -> list[Group]:
+        """The rollouts at these indices, those of one prompt together, so that the prompt is computed once."""
+        members: dict[int, list[TokenSequence]] = {}
+        for index in sorted(indices):
+            members.setdefault(self.samples[index].group, []).extend(self.samples[index].pieces)
+        return [tuple(pieces) for pieces in members.values()]
+
+
+def token_sequences(rollout: Rollout, values: dict[str, float]) -> Group:
+    """The rollout as the learner takes it: one sequence, in as many pieces as it has; pieces without a sampled token
+    are left out. `values` are the whole rollout's."""
+    found: list[TokenSequence] = []
+    for number, ids in enumerate(rollout.pieces):
+        turns = [(index, turn) for index, turn in enumerate(rollout.turns) if turn.piece == number]
+        if not any(turn.end > turn.start for _, turn in turns):
+            continue
+        end = max(turn.end for _, turn in turns)
+        scored, turn_index = np.zeros(end, np.bool_), np.zeros(end, np.int64)
+        for index, turn in turns:
+            scored[turn.start : turn.end] = True
+            turn_index[turn.start : turn.end] = index
+        found.append(
+            TokenSequence(
+                token_ids=np.asarray(ids[:end], np.int64),
+                scored=scored,
+                turn_index=turn_index,
+                behaviour_logprobs=np.asarray([p for _, turn in turns for p in turn.logprobs], np.float32),
+                values=values,
+                continues=bool(found),
+            )
+        )
+    return tuple(found)
+
+
+def _joined(parts: Iterable[Floats]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(parts)))
+
+
+def _split(values: NDArray[np.float32], counts: Sequence[int]) -> list[Floats]:
+    return np.split(values, np.cumsum(counts)[:-1])
+
+
+def _means(updates: Sequence[dict[str, float]], learning_rate: float) -> dict[str, float]:
+    """Over the updates; tokens are added up, of extremes the largest or smallest is taken."""
+    if not updates:
+        return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": learning_rate, "num_tokens": 0.0}
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        numbers = [update[name] for update in updates if name in update]
+        if name in ("num_tokens", "num_computed_tokens", "skipped_updates"):
+            merged[name] = sum(numbers)
+        elif name.endswith(("max", "min")):
+            merged[name] = max(numbers) if name.endswith("max") else min(numbers)
+        else:
+            merged[name] = float(np.mean(numbers))
+    return merged

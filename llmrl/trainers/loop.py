@@ -1,0 +1,98 @@
+"""LOOP and its critic-free relatives: rollouts of a prompt are judged against one another.
+
+Chen et al., "Reinforcement Learning for Long-Horizon Interactive LLM Agents", arXiv 2502.01600, Algorithm 1: one copy
+of the language model, no value network, several optimizer steps on each batch of rollouts. The objective is
+`llmrl.objectives.policy_gradient`, the published algorithms are `llmrl.objectives.presets`; this file is configuration
+and loop.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmrl.objectives.presets import Preset, preset
+from llmrl.trainers import online_config
+from llmrl.trainers.online_config import OnlineConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from llmrl.runs import Run
+
+
+class LOOPConfig(OnlineConfig):
+    """LOOP: which algorithm of the family, and what is left out."""
+
+    method: Literal["loop"] = "loop"
+    """The method that this file configures."""
+    algorithm: Literal[
+        "loop", "loop_code", "loop_turn", "loop_trajectory", "rloo", "reinforce", "grpo", "dr_grpo", "gspo", "cispo",
+        "dapo_clip", "reinforce_plus_plus", "reinforce_plus_plus_baseline",
+    ] = "loop"  # fmt: skip
+    """The published algorithm: null keys have its values. dapo_clip is decoupled-clip DAPO (arXiv 2503.14476)."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate of AdamW. About 1e-6 for all weights, 2e-5 to 5e-5 for a LoRA adapter."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "constant"
+    """Shape of the learning rate over the steps."""
+    min_advantage: Annotated[float, Field(ge=0)] = 0.01
+    """Rollouts with a smaller absolute advantage are not trained on: LOOP's filter; the others only skip zeros."""
+    rollouts_per_update: Annotated[int, Field(ge=1)] | None = None
+    """Rollouts in one optimizer step; null = 32 for loop and its variants, all of a step's at once for the others."""
+
+    @model_validator(mode="after")
+    def _group_of_one(self) -> Self:
+        if self.samples_per_prompt < 2 and preset(self.algorithm).advantage != "reward_to_go":
+            raise ValueError(
+                f"samples_per_prompt {self.samples_per_prompt}: {self.algorithm} judges the rollouts of a prompt "
+                "against one another and needs at least 2"
+            )
+        return self
+
+    @property
+    def update_size(self) -> int | None:
+        return self.rollouts_per_update or (32 if self.algorithm.startswith("loop") else None)
+
+
+Config = LOOPConfig
+
+
+def algorithm_of(config: LOOPConfig) -> Preset:
+    """The preset with what was configured over it."""
+    chosen = preset(config.algorithm)
+    if config.beta is not None:
+        place = chosen.kl if chosen.kl != "none" or config.beta == 0 else "loss"
+        chosen = dataclasses.replace(chosen, kl=place, beta=config.beta)
+    return dataclasses.replace(chosen, epochs=config.epochs_per_step or chosen.epochs)
+
+
+def describe(config: LOOPConfig, world_size: int) -> dict[str, str | int | float]:
+    """The derived batch arithmetic, from the configuration alone."""
+    return online_config.describe(config, algorithm_of(config), world_size)
+
+
+def check(config: LOOPConfig) -> list[str]:
+    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
+    from llmrl.trainers.online import check_online
+
+    return check_online(config, algorithm_of(config))
+
+
+def train(config: LOOPConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
+    """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
+    from llmrl.objectives.advantages import worth_training
+    from llmrl.trainers.online import OnlineRun
+
+    algorithm = algorithm_of(config)
+    with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks) as online:
+        for step in online.session.steps():
+            collected = online.collect(step)
+            experience = online.experience(collected)
+            advantages_S = experience.assign_advantages(algorithm)
+            if config.algorithm.startswith("loop"):
+                experience.keep(worth_training(advantages_S, config.min_advantage))
+            online.record(collected, online.improve(experience, step))
+        online.session.finish()
