@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from llmrl.config import ModelKeys
 from llmrl.data.faults import RowFault
-from llmrl.data.tokenization import Encoded, Encoder
+from llmrl.data.tokenization import Encoded, Encoder, check_chat_template
 from llmrl.errors import RefusedError
 from llmrl.rewards.functions import RewardFunction, Rewards
 from llmrl.rewards.model import load_reward_model, score, separate_padding
@@ -72,13 +72,14 @@ def _reward_model(
 def sequence_of(encoder: Encoder, prompt: Any, completion: Any) -> list[int] | None:
     """Token ids of prompt and completion, as a reward model of ours has seen them in training: dialogues by its chat
     template up to the end token of the last turn, plain text with EOS. None where the template refuses the dialogue or
-    its last message is not the assistant's."""
+    its last message is not the assistant's. Raises RefusedError for dialogues and a tokenizer without a template."""
     if isinstance(completion, str) and isinstance(prompt, str):
         return _joined(encoder.plain([prompt], [[completion]])[0][0])
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     if not messages or messages[-1].get("role") != "assistant":
         return None
+    check_chat_template(encoder.tokenizer, "the reward model's input")
     rendered = encoder.rendered([before + messages[:-1]], [[messages[-1:]]], [{}])[0]
     return None if isinstance(rendered, RowFault) else _joined(rendered[0])
 

@@ -15,6 +15,14 @@ from llmrl.rewards.children import ChildPool
 from llmrl.rewards.functions import FUNCTIONS, build
 from llmrl.rewards.shaping import ReasoningLength, dense_repetition, repeated_share, soft_overlong
 
+POOL = ChildPool(processes=2, seconds=20.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_pool() -> Iterator[None]:
+    yield
+    POOL.close()
+
 
 def call(
     name: str, completions: list[Any], lengths: list[int] | None = None, options: Any = None, **columns: Any
