@@ -84,6 +84,7 @@ def test_a_child_that_dies_between_requests_costs_nothing(pool: ChildPool) -> No
     assert pool.submit("equal", gold="1", answer="1.0").result().score == 1.0
 
 
+@pytest.mark.slow
 def test_memory_is_bounded() -> None:
     pool = ChildPool(processes=1, seconds=20.0, memory_mb=300)
     try:
@@ -172,6 +173,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_children_end_with_a_parent_that_is_killed() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
