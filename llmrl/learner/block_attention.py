@@ -165,7 +165,8 @@ def _works(kind: Kind) -> bool:
         error = _trial_error(kind)
         reason = None if error <= TRIAL_TOLERANCE else f"it is off by {error:.2g} of the largest element"
     except Exception as failure:  # compilers fail in too many ways to name: torch's, Triton's, ptxas', the C compiler's
-        reason = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
+        text = " ".join(str(failure).split())
+        reason = f"{type(failure).__name__}: {text[:400]}"
     if reason is not None:
         warnings.warn(
             f"block-sparse attention cannot be used for {kind.num_heads} heads of {kind.head_dim} in {kind.dtype} "
