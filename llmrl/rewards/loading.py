@@ -61,7 +61,7 @@ def own(name: str, call: Callable[..., Any], options: dict[str, Any]) -> RewardF
     except (TypeError, ValueError):
         return RewardFunction(lambda **arguments: call(**arguments, **options))
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for option in options:
         if option in SUPPLIED or not (takes_all or option in named):
             raise RefusedError(f"rewards: {name} takes no option `{option}`; it takes {', '.join(named) or 'nothing'}")
