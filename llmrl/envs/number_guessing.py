@@ -7,6 +7,7 @@ Rows differ in N and in the hidden number together. Were N fixed and the numbers
 training would teach never to say a number of the test split; with `vary_range: false` that is what happens.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -34,12 +35,14 @@ class NumberGuessingOptions(Options):
     """K: how many messages the player has."""
     guess_cost: Annotated[float, Field(ge=0)] = 0.0
     """Taken off for each guess, as the reward `guess_cost`."""
+    progress: Annotated[float, Field(ge=0)] = 0.0
+    """Reward `progress` for what a guess rules out, in bits: this much, once all numbers but the right one are."""
     wording: Wording = "full"
     """`full` sentences, or `terse` signs for models that can hardly read: `1 - 10`, `> 5`, `< 5`."""
 
 
 class NumberGuessing:
-    """One game. Rewards: `success` (1 or 0, when it is over), and `guess_cost` where there is one.
+    """One game. Rewards: `success` (1 or 0, when it is over), and `guess_cost` and `progress` where they are asked for.
 
     Row: `numbers` (N) and `number` (the hidden one).
     """
@@ -50,6 +53,7 @@ class NumberGuessing:
             raise RefusedError(f"{NAME}: column `number` is {self._number}, which is not from 1 to {self._numbers}")
         self._options = options
         self._left = options.guesses
+        self._low, self._high = 1, self._numbers  # what is not ruled out
         self._use = SingleUse(NAME)
 
     async def init(self) -> list[Message]:
@@ -60,7 +64,7 @@ class NumberGuessing:
         self._use.turn()
         self._left -= 1
         guess = read_guess(said(message), self._numbers)
-        rewards = {"guess_cost": -self._options.guess_cost} if self._options.guess_cost else {}
+        rewards = self._shaping(guess)
         if guess == self._number or self._left == 0:
             self._use.end()
             return StepResult([], done=True, rewards={"success": float(guess == self._number), **rewards})
@@ -70,6 +74,19 @@ class NumberGuessing:
 
     async def close(self) -> None:
         self._use.end()
+
+    def _shaping(self, guess: int | None) -> dict[str, float]:
+        """`progress` is a difference of potentials (Ng et al. 1999), so the best play stays the best."""
+        rewards = {"guess_cost": -self._options.guess_cost} if self._options.guess_cost else {}
+        before = self._high - self._low + 1
+        if guess is not None and guess <= self._number:
+            self._low = max(self._low, guess + (guess != self._number))
+        if guess is not None and guess >= self._number:
+            self._high = min(self._high, guess - (guess != self._number))
+        if self._options.progress:
+            bits = math.log2(before / (self._high - self._low + 1))
+            rewards["progress"] = self._options.progress * bits / math.log2(self._numbers)
+        return rewards
 
 
 def read_guess(text: str, numbers: int) -> int | None:

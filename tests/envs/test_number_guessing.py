@@ -1,5 +1,6 @@
 """Number guessing: the rules, all games of small ranges, and texts that the starter can read."""
 
+import math
 import re
 from typing import Any
 
@@ -11,6 +12,19 @@ from llmrl.errors import RefusedError
 
 def game(numbers: int, number: int, **options: Any) -> Any:
     return envs.load("number_guessing", options).make({"numbers": numbers, "number": number}, 0)
+
+
+class Recorded:
+    """An environment whose `progress` is noted turn by turn."""
+
+    def __init__(self, inner: Any, steps: list[float]) -> None:
+        self.inner, self.steps = inner, steps
+        self.init, self.close = inner.init, inner.close
+
+    async def step(self, message: dict[str, Any]) -> Any:
+        result = await self.inner.step(message)
+        self.steps.append(result.rewards["progress"])
+        return result
 
 
 def bisect(dialogue: list[dict[str, Any]]) -> str:
@@ -65,6 +79,25 @@ def test_the_texts(play: Any) -> None:
     ]
     assert done
     assert rewards == {"success": 0.0, "guess_cost": pytest.approx(-0.4)}
+
+
+def test_progress_is_what_is_ruled_out_in_bits(play: Any) -> None:
+    guesses = iter(["4", "4", "9", "3", "x", "6"])
+    environment = game(8, 6, guesses=6, progress=2.0)
+    steps: list[float] = []
+    _, rewards, _ = play(Recorded(environment, steps), lambda _: next(guesses))
+    # 5..8 is left after the 4: one bit of three. Said again, out of range, ruled out already, no number: nothing.
+    assert steps == pytest.approx([2 / 3, 0, 0, 0, 0, 4 / 3])
+    assert rewards == {"success": 1.0, "progress": pytest.approx(2.0)}
+
+
+def test_progress_of_a_lost_game(play: Any) -> None:
+    for number in (1, 2, 5, 8):
+        guesses = iter(["3", "7", "3"])
+        _, rewards, done = play(game(8, number, guesses=3, progress=1.0), lambda _, left=guesses: next(left))
+        assert done
+        left = {1: 2, 2: 2, 5: 3, 8: 1}[number]
+        assert rewards == {"success": 0.0, "progress": pytest.approx(math.log2(8 / left) / 3)}
 
 
 def test_the_terse_texts_are_a_handful_of_the_starters_tokens(play: Any) -> None:
