@@ -19,7 +19,7 @@ from llmrl.errors import RefusedError
 from llmrl.rollout.rendering import REFUSALS, Renderer
 
 # Stand-ins for what the policy said, to learn what the template writes around it.
-EARLIER, MARKS = "earlier7131", ("marked2861", "answer9340")
+EARLIER, MARKS = "earlier7131", ("marked2861", "answer93407")
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ class Dialogue:
             return None
         tails = set()
         for mark, whole in zip(MARKS, wholes, strict=True):
-            before, _, tail = whole.rpartition(mark)
-            if not (before == heads[0] or before.startswith(heads[1])):
+            before, found, tail = whole.partition(mark)
+            if not (found and (before == heads[0] or before.startswith(heads[1]))):
                 return None
             tails.add(tail)
         tail = tails.pop()

@@ -317,6 +317,29 @@ def test_what_the_end_token_does_not_close_is_never_kept() -> None:
         assert dialogue.prompt_ids == template_ids("qwen2_5", dialogue.messages)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ 'be brief' if loop.last }}{{ m.content }}",  # moves what it wrote before
+        "{{ 'to ' + messages[loop.index0 - 1].content if not loop.first }}{{ m.content }}",  # says it once more
+        "{{ messages[loop.index0 - 1].content | length if not loop.first }}{{ m.content }}",  # depends on it
+        "{{ m.content }}<|im_end|>{% break %}",  # leaves out the rest
+    ],
+)
+def test_a_template_that_does_more_than_write_the_policys_turn_otherwise_is_never_kept(written: str) -> None:
+    other = copy.deepcopy(tokenizer("qwen2_5"))
+    other.chat_template = (
+        "{% for m in messages %}<|im_start|>{% if m.role == 'user' %}" + written + "{% else %}{{ m.content | trim }}"
+        "{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    dialogue = Dialogue(Renderer(other, history="keep"), QUESTION)
+    dialogue.complete([*encoded("qwen2_5", "Two. "), end_id("qwen2_5")], "stop")
+    assert not dialogue.extend(NEXT)
+    assert dialogue.prompt_ids == other.apply_chat_template(
+        dialogue.messages, add_generation_prompt=True, return_dict=False
+    )
+
+
 def test_tool_calls_written_otherwise_start_a_piece() -> None:
     dialogue = Dialogue(renderer("qwen2_5"), QUESTION, TOOLS)
     ids = [*encoded("qwen2_5", CALL.replace(": ", ":")), end_id("qwen2_5")]
@@ -361,6 +384,17 @@ def test_turns_that_no_special_token_delimits_are_counted_and_kept() -> None:
     assert dialogue.prompt_ids[: len(prompt) + len(ids)] == prompt + ids
     assert tokenizer("vicuna").decode(dialogue.prompt_ids).endswith("Two.\nUSER: And 2 + 2?\nASSISTANT: ")
     assert dialogue.undelimited == 1
+
+
+def test_a_tokenizer_that_puts_a_blank_before_every_text_puts_none_in_the_middle() -> None:
+    other = copy.deepcopy(tokenizer("mistral"))
+    other.chat_template = FAMILIES["vicuna"].chat_template()
+    dialogue = Dialogue(Renderer(other), QUESTION)
+    ids = other("Two.", add_special_tokens=False)["input_ids"]
+    dialogue.complete(ids, "length")
+    assert dialogue.extend(NEXT)
+    added = dialogue.prompt_ids[dialogue.pieces()[0].turns[0][2] :]
+    assert other.convert_ids_to_tokens(added)[0] == "\n"
 
 
 # -- messages out of text --------------------------------------------------------------------------------------------
