@@ -55,6 +55,7 @@ class LearnerOptions:
     form: str = "auto"
     temperature: float = 1.0
     value_head: bool = False
+    value_gradient: bool = True
     gradient_checkpointing: bool = False
 
 
@@ -73,7 +74,12 @@ class Learner:
     ) -> None:
         self.options = options
         self.accelerator = accelerator or sharding.build_accelerator()
-        self.policy = Policy(causal_lm, temperature=options.temperature, value_head=options.value_head)
+        self.policy = Policy(
+            causal_lm,
+            temperature=options.temperature,
+            value_head=options.value_head,
+            value_gradient=options.value_gradient,
+        )
         forms.disable_dropout(causal_lm)
         form = forms.choose(self.policy, options.form, say)
         if options.gradient_checkpointing:

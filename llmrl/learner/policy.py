@@ -22,12 +22,20 @@ class Scores(NamedTuple):
 class Policy(nn.Module):
     """A causal language model (plain or with PEFT adapters) and, if asked for, a value head on its last hidden state.
 
+    `value_gradient`: the head's loss reaches the language model, too; otherwise the head reads hidden states as they
+    are. The head starts at zero, so that a critic that has learned nothing says nothing.
+
     Everything the model computes happens inside this module's forward, because DDP and ZeRO only manage parameters used
     there; so only this module is prepared and called.
     """
 
     def __init__(
-        self, causal_lm: PreTrainedModel | PeftModel, *, temperature: float = 1.0, value_head: bool = False
+        self,
+        causal_lm: PreTrainedModel | PeftModel,
+        *,
+        temperature: float = 1.0,
+        value_head: bool = False,
+        value_gradient: bool = True,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
@@ -35,7 +43,8 @@ class Policy(nn.Module):
         self.layer_types = sorted(set(getattr(base.config.get_text_config(), "layer_types", None) or []))
         self.transform = head.LogitTransform.of_model(base.config.get_text_config(), temperature)
         head.install(base.get_output_embeddings())
-        self.value_head = nn.Linear(base.config.get_text_config().hidden_size, 1) if value_head else None
+        self.value_head = _value_head(base.config.get_text_config().hidden_size) if value_head else None
+        self.value_gradient = value_gradient
 
     def forward(self, inputs: ModelInputs, with_entropy: bool = False, plain: bool = False) -> Scores:
         """Score the inputs; `plain` takes the model's own forward instead, to compare with."""
@@ -45,13 +54,16 @@ class Policy(nn.Module):
         states = base.get_decoder()(**self._body_arguments(inputs), use_cache=False).last_hidden_state
         states_M = states.flatten(0, 1)[inputs.source_M]
         logprobs_M, entropies_M = base.get_output_embeddings()(states_M, inputs.target_M, self.transform, with_entropy)
-        values_M = (
-            self.value_head(states_M.to(self.value_head.weight.dtype))[:, 0] if self.value_head is not None else None
-        )
+        values_M = None if self.value_head is None else self._values(states_M)
         rows = inputs.scored_row_N
         return Scores(
             logprobs_M[rows], entropies_M[rows] if with_entropy else None, None if values_M is None else values_M[rows]
         )
+
+    def _values(self, states_M: Tensor) -> Tensor:
+        assert self.value_head is not None
+        states_M = states_M if self.value_gradient else states_M.detach()
+        return self.value_head(states_M.to(self.value_head.weight.dtype))[:, 0]
 
     def plain_logprobs(self, inputs: ModelInputs) -> Tensor:
         """[N] from the model's own forward and full logits on padded rows: slow, and what all else must equal."""
@@ -73,6 +85,13 @@ class Policy(nn.Module):
             "attention_mask": mask,
             "layout": inputs.layout,
         }
+
+
+def _value_head(width: int) -> nn.Linear:
+    head = nn.Linear(width, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def base_model(causal_lm: PreTrainedModel | PeftModel) -> PreTrainedModel:

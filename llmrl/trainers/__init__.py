@@ -10,6 +10,9 @@ torch only inside functions, so that a command line can be checked at once.
 METHODS: dict[str, str] = {
     "dpo": "llmrl.trainers.dpo",
     "loop": "llmrl.trainers.loop",
+    "ppo": "llmrl.trainers.ppo",
+    "rlsp": "llmrl.trainers.rlsp",
+    "pf_ppo": "llmrl.trainers.pf_ppo",
     "sft": "llmrl.trainers.sft",
     "reward": "llmrl.trainers.reward",
 }

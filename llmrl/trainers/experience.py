@@ -103,6 +103,8 @@ class Experience:
 
     def assign_advantages(self, algorithm: Preset) -> Tensor:
         """Put `advantages` (and with a critic `returns`) on the tokens; returns each rollout's largest |A|, [S]."""
+        if not self.samples:
+            return torch.zeros(0)
         advantages_N, returns_N = algorithm.advantages(
             self.rewards_S,
             self.sequence_index_N,

@@ -6,7 +6,6 @@ of the language model, no value network, several optimizer steps on each batch o
 and loop.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -62,11 +61,7 @@ Config = LOOPConfig
 
 def algorithm_of(config: LOOPConfig) -> Preset:
     """The preset with what was configured over it."""
-    chosen = preset(config.algorithm)
-    if config.beta is not None:
-        place = chosen.kl if chosen.kl != "none" or config.beta == 0 else "loss"
-        chosen = dataclasses.replace(chosen, kl=place, beta=config.beta)
-    return dataclasses.replace(chosen, epochs=config.epochs_per_step or chosen.epochs)
+    return config.over(preset(config.algorithm))
 
 
 def describe(config: LOOPConfig, world_size: int) -> dict[str, str | int | float]:

@@ -131,13 +131,14 @@ class OnlineRun:
         *,
         dataset: "Dataset | DatasetDict | None" = None,
         callbacks: "Sequence[TrainerCallback]" = (),
+        **learner_options: Any,
     ) -> None:
         self.config, self.run, self.algorithm = config, run, algorithm
         self.task = task = OnlineTask(config, run.note, dataset)
         run.verify_dataset(task.data.fingerprint)
         problems = task_problems(config.task_evaluation, config, task.tokenizer, run.note)
         total_steps = config.num_steps(len(task.data.train))
-        self.learner = online_learner(config, algorithm, total_steps, run.note)
+        self.learner = online_learner(config, algorithm, total_steps, run.note, **learner_options)
         self.engine = build_engine(config, self.learner, task.tokenizer, task.max_length)
         self.objective = online_objective(config, algorithm).objective()
         self.cursor = RowCursor(len(task.data.train), config.seed)
@@ -244,6 +245,11 @@ class OnlineRun:
                 rollout.reward = total + self.config.environment_weight * sum(own.values())
                 rollout.reward += self._overlong(rollout)
 
+    def weigh(self, weights: dict[str, float]) -> None:
+        """Change the weights of reward functions, by their names, from the next rollouts on."""
+        assert self.task.scorer is not None
+        self.task.scorer.weights |= weights
+
     def _overlong(self, rollout: Rollout) -> float:
         """Decoupled-clip DAPO's soft punishment of answers near the limit (0 for other algorithms)."""
         if self.algorithm.overlong_buffer is None:
@@ -281,19 +287,16 @@ class OnlineRun:
             )
         return experience
 
-    def improve(
-        self, experience: Experience, step: int, objective: Objective | None = None, skip_idle: bool | None = None
-    ) -> dict[str, float]:
-        """The optimizer steps of one step; returns the means of their metrics."""
-        loss = self.algorithm.loss
-        has_other_terms = self.algorithm.kl == "loss" or self.config.entropy_coef > 0 or loss.get("value_coef", 0) > 0
+    def improve(self, experience: Experience, step: int, objective: Objective | None = None) -> dict[str, float]:
+        """The optimizer steps of one step, through the method's objective or another; the means of their metrics."""
+        more = self.algorithm.kl == "loss" or self.config.entropy_coef > 0 or self.algorithm.needs_critic
         metrics = experience.train(
             self.learner,
             objective or self.objective,
             epochs=self.algorithm.epochs,
             rollouts_per_update=self.config.update_size,
             seed=row_seed(self.config.seed, step, 0),
-            skip_idle=not has_other_terms if skip_idle is None else skip_idle,
+            skip_idle=not more,
         )
         self._version += 1
         return metrics
@@ -321,8 +324,13 @@ class OnlineRun:
             )
 
 
-def online_learner(config: OnlineConfig, algorithm: Preset, total_steps: int, say: Callable[[str], None]) -> Learner:
-    """The learner that the algorithm needs: a value head, a reference, or (LOOP) one copy of the model and no more."""
+def online_learner(
+    config: OnlineConfig, algorithm: Preset, total_steps: int, say: Callable[[str], None], **further: Any
+) -> Learner:
+    """The learner that the algorithm needs: a value head, a reference, or (LOOP) one copy of the model and no more.
+
+    `further`: LearnerOptions that the method sets.
+    """
     if not algorithm.needs_reference:
         reference = "precomputed"  # never asked for
     else:
@@ -337,13 +345,14 @@ def online_learner(config: OnlineConfig, algorithm: Preset, total_steps: int, sa
         temperature=config.temperature,
         value_head=algorithm.needs_critic,
         most_skipped=config.most_skipped_updates,
+        **further,
     )
 
 
 def online_objective(config: OnlineConfig, algorithm: Preset) -> PolicyGradient:
     """The preset's objective with the configuration's settings over it."""
     rollouts = config.prompts_per_step * config.samples_per_prompt
-    own = config.settings(algorithm, on_policy_engine=config.engine.kind == "huggingface")
+    own = config.settings(on_policy_engine=config.engine.kind == "huggingface")
     return algorithm.policy_gradient(config.max_completion_length, min(config.update_size or rollouts, rollouts), **own)
 
 

@@ -1,5 +1,6 @@
 """What every online method is configured with, and the arithmetic of its batches. Loads without torch."""
 
+import dataclasses
 import math
 from typing import Annotated, Any, Self
 
@@ -40,7 +41,14 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
         """Rollouts in one optimizer step; None: all of a step's."""
         return self.rollouts_per_update
 
-    def settings(self, algorithm: Preset, on_policy_engine: bool) -> dict[str, Any]:
+    def over(self, algorithm: Preset) -> Preset:
+        """The algorithm with what was configured over its published values."""
+        if self.beta is not None:
+            place = algorithm.kl if algorithm.kl != "none" or self.beta == 0 else "loss"
+            algorithm = dataclasses.replace(algorithm, kl=place, beta=self.beta)
+        return dataclasses.replace(algorithm, epochs=self.epochs_per_step or algorithm.epochs)
+
+    def settings(self, on_policy_engine: bool) -> dict[str, Any]:
         """Settings of PolicyGradient that were configured over the algorithm's own."""
         given: dict[str, Any] = {"entropy_coef": self.entropy_coef}
         for name in ("clip_low", "clip_high"):

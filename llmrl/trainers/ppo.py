@@ -1,0 +1,102 @@
+"""Proximal Policy Optimization with a critic: generalised advantage estimates, clipped ratios, KL in the reward.
+
+Schulman et al., arXiv 1707.06347; for language models Ouyang et al., arXiv 2203.02155. Numbers where both are silent
+are those of TRL's PPOTrainer, which is gone since TRL 1.13. The critic is a value head on the policy's last hidden state.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmrl.objectives.presets import Preset, preset
+from llmrl.trainers import online_config
+from llmrl.trainers.online_config import OnlineConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from llmrl.runs import Run
+
+
+class CriticConfig(OnlineConfig):
+    """Critic: what it learns, and how advantages are made of it. `null` is the algorithm's own, published value."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-6
+    """Peak learning rate of AdamW for the language model."""
+    value_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the value head; null = learning_rate. It starts at zero and may learn much faster."""
+    value_coef: Annotated[float, Field(gt=0)] | None = None
+    """Weight of the value loss."""
+    value_clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """Values are clipped to this distance from what they were when sampled; null = no clipping."""
+    value_gradient: bool = False
+    """Let the value loss reach the language model; otherwise the head reads its hidden states as they are."""
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Discount."""
+    lam: Annotated[float, Field(ge=0, le=1)] | None = None
+    """GAE's lambda: 1 is return minus value, 0 one-step differences."""
+    critic_warmup: Annotated[int, Field(ge=0)] | None = None
+    """Steps at the start in which only the critic learns."""
+
+    def over(self, algorithm: Preset) -> Preset:
+        algorithm = super().over(algorithm)
+        given = {name: getattr(self, name) for name in ("gamma", "lam", "critic_warmup")}
+        return dataclasses.replace(algorithm, **{name: value for name, value in given.items() if value is not None})
+
+    def settings(self, on_policy_engine: bool) -> dict[str, Any]:
+        own = {} if self.value_coef is None else {"value_coef": self.value_coef}
+        return {**super().settings(on_policy_engine), **own, "value_clip": self.value_clip}
+
+    @property
+    def learner_options(self) -> dict[str, Any]:
+        """LearnerOptions of a learner with a critic."""
+        return {"value_learning_rate": self.value_learning_rate, "value_gradient": self.value_gradient}
+
+
+class PPOConfig(CriticConfig):
+    """PPO: the method."""
+
+    method: Literal["ppo"] = "ppo"
+    """The method that this file configures."""
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
+    """Rollouts of each prompt; the critic is the baseline, so one is enough."""
+
+
+Config = PPOConfig
+
+
+def algorithm_of(config: PPOConfig) -> Preset:
+    """The preset with what was configured over it."""
+    return config.over(preset("ppo"))
+
+
+def describe(config: PPOConfig, world_size: int) -> dict[str, str | int | float]:
+    """The derived batch arithmetic, from the configuration alone."""
+    return online_config.describe(config, algorithm_of(config), world_size)
+
+
+def check(config: PPOConfig) -> list[str]:
+    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
+    from llmrl.trainers.online import check_online
+
+    return check_online(config, algorithm_of(config))
+
+
+def train(config: PPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
+    """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
+    from llmrl.objectives.value import ValueRegression
+    from llmrl.trainers.online import OnlineRun
+
+    algorithm = algorithm_of(config)
+    critic_alone = ValueRegression(config.value_clip).objective()
+    learner = config.learner_options
+    with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
+        for step in online.session.steps():
+            collected = online.collect(step)
+            experience = online.experience(collected)
+            experience.assign_advantages(algorithm)
+            objective = critic_alone if step < algorithm.critic_warmup else None
+            online.record(collected, online.improve(experience, step, objective))
+        online.session.finish()

@@ -1,0 +1,123 @@
+"""RLSP: PPO on an outcome verifier mixed with a reward for exploration that is blind to correctness.
+
+Ye et al., "On the Emergence of Thinking in LLMs I", arXiv 2502.06773, Eq. 1: R = alpha V + (1 - alpha) Rex with
+Rex = -C / |response|. The authors' code adds the terms unweighted, pays a response without a box -0.5, and counts
+characters before the first box; per unit of V its length term is four times as strong. Both are here, the paper's is the
+default because it is what the text argues for.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmrl.objectives.presets import Preset, preset
+from llmrl.rewards.keys import RewardFunctionKeys
+from llmrl.trainers import online_config
+from llmrl.trainers.ppo import CriticConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from llmrl.runs import Run
+
+VERIFIER, EXPLORATION = "verifier", "exploration"
+
+
+class RLSPConfig(CriticConfig):
+    """RLSP: the method."""
+
+    method: Literal["rlsp"] = "rlsp"
+    """The method that this file configures."""
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 1
+    """Rollouts of each prompt."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-7
+    """Peak learning rate of AdamW for the language model (the paper's, for all weights of 8B)."""
+    value_learning_rate: Annotated[float, Field(gt=0)] | None = 2e-6
+    """Peak learning rate of the value head."""
+    form_of_reward: Literal["paper", "code"] = "paper"
+    """paper: alpha V + (1 - alpha) Rex; code: V + Rex, -0.5 without a box, characters before it counted."""
+    verifier: Literal["accuracy", "correct_number", "exact_match"] = "accuracy"
+    """The reward function that says whether the answer is right."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Weight of the verifier in the paper's form; 1 is plain PPO."""
+    alpha_end: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Let alpha go linearly to this over the run (the text wants exploration to fade); null = alpha stays."""
+    length_constant: Annotated[float, Field(gt=0)] = 1000.0
+    """C: about the length of a response at the start is a sound choice for other lengths than the paper's."""
+    exploration_options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of the exploration reward: guards against padding."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_rewards(cls, given: Any) -> Any:
+        """The published rewards, where none are named."""
+        if not isinstance(given, dict) or given.get("rewards"):
+            return given
+        form, alpha = given.get("form_of_reward", "paper"), float(given.get("alpha", 0.8))
+        options = dict(given.get("exploration_options") or {})
+        scale = float(given.get("length_constant", 1000.0))
+        verifier: dict[str, Any] = {"function": given.get("verifier", "accuracy"), "name": VERIFIER}
+        exploration: dict[str, Any] = {"function": "exploration", "name": EXPLORATION}
+        if form == "code":
+            verifier["options"] = {"first_box": True}
+            exploration["options"] = {"scale": scale, "unit": "characters", "before_box": True, **options}
+            box = {"function": "boxed", "options": {"present": 0.0, "absent": -0.5}}
+            return {**given, "rewards": [verifier, exploration, box]}
+        verifier["weight"], exploration["weight"] = alpha, 1 - alpha
+        exploration["options"] = {"scale": scale, **options}
+        return {**given, "rewards": [verifier, exploration]}
+
+    @model_validator(mode="after")
+    def _fading(self) -> Self:
+        names = {entry.label for entry in self.rewards}
+        if self.alpha_end is not None and (self.form_of_reward == "code" or not {VERIFIER, EXPLORATION} <= names):
+            raise ValueError("alpha_end fades the paper's form: leave `rewards` and form_of_reward as they are")
+        return self
+
+    def alpha_at(self, step: int, total_steps: int) -> float:
+        """Weight of the verifier in step `step` (from 0)."""
+        if self.alpha_end is None or total_steps < 2:
+            return self.alpha
+        return self.alpha + (self.alpha_end - self.alpha) * step / (total_steps - 1)
+
+
+Config = RLSPConfig
+
+
+def algorithm_of(config: RLSPConfig) -> Preset:
+    """The preset with what was configured over it."""
+    return config.over(preset("rlsp"))
+
+
+def describe(config: RLSPConfig, world_size: int) -> dict[str, str | int | float]:
+    """The derived batch arithmetic, from the configuration alone."""
+    return online_config.describe(config, algorithm_of(config), world_size)
+
+
+def check(config: RLSPConfig) -> list[str]:
+    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
+    from llmrl.trainers.online import check_online
+
+    return check_online(config, algorithm_of(config))
+
+
+def train(config: RLSPConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
+    """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
+    from llmrl.objectives.value import ValueRegression
+    from llmrl.trainers.online import OnlineRun
+
+    algorithm = algorithm_of(config)
+    critic_alone = ValueRegression(config.value_clip).objective()
+    learner = config.learner_options
+    with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
+        for step in online.session.steps():
+            alpha = config.alpha_at(step, online.session.total_steps)
+            if config.alpha_end is not None:
+                online.weigh({VERIFIER: alpha, EXPLORATION: 1 - alpha})
+            collected = online.collect(step)
+            experience = online.experience(collected)
+            experience.assign_advantages(algorithm)
+            objective = critic_alone if step < algorithm.critic_warmup else None
+            online.record(collected, {**online.improve(experience, step, objective), "alpha": alpha})
+        online.session.finish()
