@@ -428,7 +428,9 @@ def head_section(report: Report, small: bool) -> None:
                 logprobs, entropies = layer(hidden, targets, None, with_entropy)
                 (logprobs.mean() + (entropies.mean() if with_entropy else 0.0)).backward()
 
-        with patched(head, CHUNK_ELEMENTS=elements, MAX_CHUNK_ROWS=max(512, elements // vocabulary)):
+        with patched(
+            head, CHUNK_ELEMENTS={"cpu": elements, "cuda": elements}, MAX_CHUNK_ROWS={"cpu": 2**20, "cuda": 2**20}
+        ):
             return {"chunk_rows": max(1, elements // vocabulary), **measured(once, repeats=3, warm_ups=1)}
 
     for trainable in (False, True):

@@ -102,7 +102,7 @@ def check(chunked: dict[str, float], plain: dict[str, float], vocabulary: int, t
     for name in FIGURES:
         if abs(chunked[name] - plain[name]) > 1e-4 * max(abs(plain[name]), 1e-6):
             sys.exit(f"vocabulary {vocabulary}: {name} is {chunked[name]} in chunks, {plain[name]} in full")
-    allowed = _gradient_mb(vocabulary, trainable) + CHUNKS * 4 * head.CHUNK_ELEMENTS / 1e6
+    allowed = _gradient_mb(vocabulary, trainable) + CHUNKS * 4 * head.CHUNK_ELEMENTS["cpu"] / 1e6
     if chunked["extra_mb"] > allowed:
         sys.exit(f"vocabulary {vocabulary}: the chunked pass took {chunked['extra_mb']:.0f} MB, allowed {allowed:.0f}")
 

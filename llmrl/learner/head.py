@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 2**23
-"""Logits held at once, in elements (32 MB in float32): rows per chunk shrink as the vocabulary grows."""
-MAX_CHUNK_ROWS = 512
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+"""Logits held at once, in elements (32 MB and 256 MB in float32): rows per chunk shrink as the vocabulary grows. On an
+H200, at a vocabulary of 152k, 2**26 takes 6% longer than chunks four times as large, and 2**23 twice as long."""
+MAX_CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 negative = _times(_minus_at(p, targets[rows], 1.0), slope)
                 by_logprob[rows] = (negative.to(compute_dtype) @ compute_weight).neg_()
 
-        for rows in _chunks(num, len(weight)):
+        for rows in _chunks(num, len(weight), hidden.device.type):
             one(rows)
         ctx.module, ctx.transform, ctx.with_entropy, ctx.compute_dtype = module, transform, with_entropy, compute_dtype
         kept = hidden if any(ctx.needs_input_grad[1:3]) else None
@@ -145,13 +146,14 @@ def _parameter_gradients(
         if grad_bias is not None:
             grad_bias.sub_(negative.sum(0))
 
-    for rows in _chunks(len(targets), len(weight)):
+    for rows in _chunks(len(targets), len(weight), hidden.device.type):
         one(rows)
     return grad_weight, grad_bias
 
 
-def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
-    step = max(1, min(MAX_CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
+def _chunks(num_rows: int, vocabulary: int, device: str) -> list[slice]:
+    kind = device if device in MAX_CHUNK_ROWS else "cpu"
+    step = max(1, min(MAX_CHUNK_ROWS[kind], CHUNK_ELEMENTS[kind] // vocabulary))
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 

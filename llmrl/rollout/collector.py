@@ -287,7 +287,11 @@ class _Episode:
             self.turns[-1] = replace(self.turns[-1], rewards=dict(result.rewards))
             if result.done:
                 return ("truncated-length" if self.turns[-1].finish_reason == "length" else "completed"), ""
-            if not self.dialogue.extend(list(result.messages)):
+            try:
+                extends = self.dialogue.extend(list(result.messages))
+            except RefusedError as error:  # it said nothing, or what the chat template refuses
+                return "error-abort", str(error)
+            if not extends:
                 self.collection._count("rewritten", 1)
         return "truncated-turns", ""
 
@@ -303,7 +307,8 @@ class _Episode:
         sampling = SamplingParams(room, self.collection.temperature, seed=row_seed(self.seed, turn, 0))
         found = await self.engine.complete(dialogue.prompt_ids, sampling)
         message = dialogue.complete(found.token_ids, found.finish_reason)
-        piece, start, end = len(dialogue.pieces()) - 1, *dialogue.pieces()[-1].turns[-1][1:]
+        pieces = dialogue.pieces()
+        piece, (_, start, end) = len(pieces) - 1, pieces[-1].turns[-1]
         self.turns.append(Turn(piece, start, end, found.logprobs, found.finish_reason, found.policy_version))
         return message
 

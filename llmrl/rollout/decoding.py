@@ -57,14 +57,16 @@ def decoding_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and the decoding attention; afterwards every module's mode and the attention are as before."""
     base = base_model(model)
     attention = base.config._attn_implementation
+    # Neither the kernel here nor transformers' own sdpa knows of a soft-cap on attention scores (Gemma 2).
+    replaced = attention in REPLACED and not getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
     training = [module for module in model.modules() if module.training]
     model.eval()
-    if attention in REPLACED:
+    if replaced:
         base.set_attn_implementation(DECODE_ATTENTION)
     try:
         yield
     finally:
-        if attention in REPLACED:
+        if replaced:
             base.set_attn_implementation(attention)
         for module in training:
             module.training = True

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback
 
+    from llmrl.objectives.filtration import Strategy
     from llmrl.rollout.collector import Collected
     from llmrl.runs import Run
 
-STRATEGIES = ("none", "best", "best_random", "best_worst", "power")
+STRATEGIES: "tuple[Strategy, ...]" = ("none", "best", "best_random", "best_worst", "power")
 
 
 class PFPPOConfig(CriticConfig):

@@ -1,7 +1,8 @@
 """Proximal Policy Optimization with a critic: generalised advantage estimates, clipped ratios, KL in the reward.
 
 Schulman et al., arXiv 1707.06347; for language models Ouyang et al., arXiv 2203.02155. Numbers where both are silent
-are those of TRL's PPOTrainer, which is gone since TRL 1.13. The critic is a value head on the policy's last hidden state.
+are those of TRL's PPOTrainer, which is gone since TRL 1.13. The critic is a value head on the policy's last hidden
+state.
 """
 
 import dataclasses

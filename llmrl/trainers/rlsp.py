@@ -2,8 +2,8 @@
 
 Ye et al., "On the Emergence of Thinking in LLMs I", arXiv 2502.06773, Eq. 1: R = alpha V + (1 - alpha) Rex with
 Rex = -C / |response|. The authors' code adds the terms unweighted, pays a response without a box -0.5, and counts
-characters before the first box; per unit of V its length term is four times as strong. Both are here, the paper's is the
-default because it is what the text argues for.
+characters before the first box; per unit of V its length term is four times as strong. Both are here; the paper's is
+the default because it is what the text argues for.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.objectives.presets import Preset, preset
-from llmrl.rewards.keys import RewardFunctionKeys
 from llmrl.trainers import online_config
 from llmrl.trainers.ppo import CriticConfig
 
@@ -37,6 +36,9 @@ class RLSPConfig(CriticConfig):
     """Peak learning rate of the value head."""
     form_of_reward: Literal["paper", "code"] = "paper"
     """paper: alpha V + (1 - alpha) Rex; code: V + Rex, -0.5 without a box, characters before it counted."""
+    reward_missing: Literal["leave_out", "no_score"] = "no_score"
+    """Where a function has no score for a completion: it is not trained on, or the sum goes without (the verifier's
+    silence would then count as wrong)."""
     verifier: Literal["accuracy", "correct_number", "exact_match"] = "accuracy"
     """The reward function that says whether the answer is right."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.8

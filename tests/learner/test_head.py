@@ -29,7 +29,7 @@ def test_equals_full_logits(
     entropy: bool,
     frozen: bool,
 ) -> None:
-    monkeypatch.setattr(head, "MAX_CHUNK_ROWS", 7)
+    monkeypatch.setattr(head, "MAX_CHUNK_ROWS", {"cpu": 7})
     torch.manual_seed(0)
     layer = nn.Linear(16, 31, bias=bias).requires_grad_(not frozen)
     head.install(layer)
@@ -82,5 +82,5 @@ def test_no_tensor_of_tokens_times_vocabulary_is_held(vocabulary: int) -> None:
     with torch.profiler.profile(profile_memory=True) as profile:
         layer(hidden, targets, head.LogitTransform(), False)[0].sum().backward()
     largest = max((event.cpu_memory_usage for event in profile.events()), default=0)
-    assert largest <= head.CHUNK_ELEMENTS * 4
+    assert largest <= head.CHUNK_ELEMENTS["cpu"] * 4
     assert largest < rows * vocabulary * 4 / 3
