@@ -76,7 +76,7 @@ class VLLMEngine(SteppedEngine):
         super().__init__()
         vllm_guest.import_vllm()
         self.model, self.options, self.adapter = model, options or VLLMOptions(), adapter
-        self._stop_token_ids = _stop_token_ids(model, tokenizer)
+        self._stop_token_ids = stop_token_ids(model, tokenizer)
         self._max_lora_rank = largest_rank(adapter) if adapter else 0
         self._folder = tempfile.TemporaryDirectory(prefix="llmrl-adapters-")
         self._requests: dict[int, _Request] = {}
@@ -296,7 +296,7 @@ def _completion(output: Any, request: _Request) -> Completion:
     return Completion(token_ids, logprobs, reason, request.seed, request.policy_version)
 
 
-def _stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokenizer's end token and those of the model's generation configuration, if it has one."""
     try:
         configured = GenerationConfig.from_pretrained(model).eos_token_id

@@ -178,11 +178,12 @@ def test_the_process_is_left_as_it_was(folders: dict[bool, str]) -> None:
             torch.get_num_threads(), torch.set_num_threads, torch.distributed.is_initialized(),
         )  # fmt: skip
 
+    new = model(seed=1).state_dict()
     before = state()
     engine = VLLMEngine(folders[False], TOKENIZER, OPTIONS)
     assert state() == before
     engine.generate(PROMPTS, replace(SAMPLING, n=2))
-    engine.sync(model(seed=1).state_dict(), 1)
+    engine.sync(new, 1)
     assert state() == before
     engine.close()
     assert state() == before
