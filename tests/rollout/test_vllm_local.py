@@ -118,6 +118,13 @@ def test_a_sample_does_not_depend_on_its_company(engine: VLLMEngine) -> None:
     assert len({tuple(c.token_ids) for row in together for c in row}) == 12
 
 
+def test_more_prompts_than_one_step_takes_are_not_computed_in_parts(engine: VLLMEngine) -> None:
+    """With a seed that would be an error; 60 x 87 tokens are more than the 4096 of a step."""
+    prompts = [[3 + i, *PROMPTS[2][1:]] for i in range(60)]
+    found = engine.generate(prompts, SamplingParams(2, seed=1))
+    assert_same_logprobs(build_learner(model()), found, prompts)
+
+
 def test_callers_come_and_go_between_steps(engine: VLLMEngine) -> None:
     lengths = [3, 20, 7, 15, 1, 9]
 
