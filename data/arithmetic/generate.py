@@ -37,12 +37,15 @@ WORDINGS = (
 SPLIT_BOUNDS = (("train", 70), ("validation", 85), ("test", 100))
 # Solutions of mixed quality: of those with a carry this share forgets it, so that the likelier answer is the wrong one.
 FORGETFUL = 0.6
-# The kinds of problem in them: the last one stays unknown to whoever learns from them.
-SCHOOLED = (1, 2, 3, 4)
+# The levels of a table that does not have them all. Whoever learns from `mixed` never sees the last one.
+LEVELS_OF = {"mixed": (1, 2, 3, 4), "sums": (1,)}
 ROWS_PER_LEVEL = {
     ("problems", "train"): 500,
     ("problems", "validation"): 80,
     ("problems", "test"): 80,
+    ("sums", "train"): 1000,
+    ("sums", "validation"): 400,
+    ("sums", "test"): 200,
     ("sft", "train"): 1200,
     ("sft", "validation"): 60,
     ("mixed", "train"): 1500,
@@ -276,7 +279,7 @@ def assistant(text: str) -> list[dict[str, str]]:
 
 def row(table: str, problem: Problem, question: str, draw: Draw) -> dict[str, object]:
     labels: dict[str, object] = {"level": problem.level, "kind": problem.kind}
-    if table == "problems":
+    if table in ("problems", "sums"):
         return {"prompt": user(question), "answer": str(evaluate(problem.steps)[-1]), **labels}
     if table == "sft":
         return {"prompt": user(question), "completion": assistant(render(problem)), **labels}
@@ -331,7 +334,7 @@ def main() -> None:
         count = round(usual * args.scale)
         file = args.output / table / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        levels = [level for level in args.levels if table != "mixed" or level in SCHOOLED]
+        levels = [level for level in args.levels if level in LEVELS_OF.get(table, LEVELS)]
         text = "".join(json.dumps(item) + "\n" for item in rows(table, split, count, levels))
         file.write_bytes(text.encode())
         print(f"{file}: {count * len(levels)} rows, {len(text)} bytes")

@@ -183,7 +183,9 @@ class _Collection:
         if self.collector.score is None:
             for rollout in sound.rollouts:
                 rollout.scores = dict(rollout.environment_rewards)
-                rollout.reward = sum(rollout.environment_rewards.values())
+                # An episode that came to its end without any reward was not judged, which is not the same as 0.
+                judged = bool(rollout.scores) or rollout.end_state != "completed"
+                rollout.reward = sum(rollout.environment_rewards.values()) if judged else None
         elif sound.rollouts:
             await self.collector.score(sound)
         kept = replace(group, rollouts=[r for r in sound.rollouts if r.reward is not None])

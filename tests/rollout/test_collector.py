@@ -257,11 +257,20 @@ def test_opening_messages_with_tools_and_short_tuples_are_taken() -> None:
         def init(self) -> tuple[list[Message], list[dict[str, Any]]]:
             return [{"role": "user", "content": "red"}], []
 
-        def step(self, message: Message) -> tuple[list[Message], bool]:
-            return [], True
+        def step(self, message: Message) -> tuple[list[Message], bool, dict[str, float]]:
+            return [], True, {"said": 0.0}
 
         def close(self) -> None:
             pass
 
     found = collect(Plain)
     assert all(r.reward == 0.0 for g in found.groups for r in g.rollouts)
+
+
+def test_an_episode_that_nobody_judged_has_no_reward() -> None:
+    class Silent(Talk):
+        async def step(self, message: Message) -> StepResult:
+            return (await super().step(message))._replace(rewards={})
+
+    found = collect(Silent, policy=GroupPolicy(min_rollouts=1))
+    assert found.counts["left_out"] == found.counts["completed"]

@@ -1,0 +1,61 @@
+"""Online recipes on a small scale: a random word-level model that is paid for saying colours and small numbers."""
+
+import json
+import random
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from support.recipe_run import make_model
+from support.words import WORDS
+
+from llmrl.runs.launch import run_command
+from llmrl.trainers import loop, pf_ppo, ppo, rlsp
+
+METHODS: dict[str, ModuleType] = {"loop": loop, "ppo": ppo, "rlsp": rlsp, "pf_ppo": pf_ppo}
+REWARD = '''
+def paid(completions, **columns):
+    """Share of the six words that come first in the vocabulary."""
+    said = [completion[-1]["content"].split() for completion in completions]
+    paid = {"red", "green", "blue", "one", "two", "three"}
+    return [sum(word in paid for word in words) / max(len(words), 4) for words in said]
+'''
+
+
+def write_online_config(tmp: Path, name: str = "config.yaml", **settings: Any) -> Path:
+    """A configuration in `tmp`, beside the model, the prompts and the reward that it names."""
+    if not (tmp / "model").exists():
+        make_model(tmp / "model")
+    if not (tmp / "prompts.jsonl").exists():
+        draw = random.Random(0)
+        rows = [{"prompt": " ".join(draw.choices(WORDS, k=3)), "answer": "1"} for _ in range(64)]
+        (tmp / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not (tmp / "reward.py").exists():
+        (tmp / "reward.py").write_text(REWARD)
+    base = {
+        "model_name_or_path": str(tmp / "model"),
+        "dataset_name": str(tmp / "prompts.jsonl"),
+        "output_dir": str(tmp / "run"),
+        "rewards": [f"{tmp / 'reward.py'}:paid"],
+        "prompts_per_step": 4,
+        "samples_per_prompt": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "eval_rows": 6,
+    }
+    given = {key: value for key, value in {**base, **settings}.items() if value is not None}
+    file = tmp / name
+    file.write_text(yaml.safe_dump(given))
+    return file
+
+
+def run_online(method: str, config: Path, *arguments: str) -> int:
+    """Run in this process; returns the exit code."""
+    module = METHODS[method]
+    return run_command(module.Config, module.describe, module.train, ["--config", str(config), *arguments])
+
+
+def evals(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "evals.json").read_text())
