@@ -41,7 +41,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def load_config(path: str) -> Any:
     """The model's transformers configuration, without its weights (of its base, where `path` is an adapter)."""
-    return _loaded(path, "model configuration", lambda: AutoConfig.from_pretrained(_base_of(path)))
+    return _loaded(path, "model configuration", lambda: AutoConfig.from_pretrained(base_of(path)))
 
 
 def max_positions(path: str) -> int | None:
@@ -52,7 +52,7 @@ def max_positions(path: str) -> int | None:
 def stop_token_ids(path: str) -> set[int]:
     """Where generation stops beside the tokenizer's end-of-sequence token: at the end of Gemma's turns, say."""
     try:
-        configured = GenerationConfig.from_pretrained(_base_of(path)).eos_token_id
+        configured = GenerationConfig.from_pretrained(base_of(path)).eos_token_id
     except OSError:  # a model need not have one
         return set()
     return set(configured if isinstance(configured, list) else [configured]) - {None}
@@ -85,7 +85,7 @@ def load_model(path: str, keys: ModelKeys, dtype: torch.dtype, say: Say) -> PreT
         path,
         "model",
         lambda: AutoModelForCausalLM.from_pretrained(
-            _base_of(path), dtype=dtype, use_safetensors=True, **_attention(keys)
+            base_of(path), dtype=dtype, use_safetensors=True, **_attention(keys)
         ),
     )
     if not keys.use_peft and (unused := _lora_keys_given(keys)):
@@ -144,7 +144,7 @@ def _is_adapter(path: str) -> bool:
     return (Path(path) / ADAPTER_FILE).exists()
 
 
-def _base_of(path: str) -> str:
+def base_of(path: str) -> str:
     """The model to load: `path` itself, or the base that an adapter in `path` names."""
     if not _is_adapter(path):
         return path

@@ -174,7 +174,7 @@ class _Collection:
         """Score what has ended of a task's rollouts, beside the rollouts of others."""
         rollouts = [self.ended[t, s] for s in range(self.tasks[t].samples) if (t, s) in self.ended]
         if rollouts and t not in self.scoring:
-            group = RolloutGroup(self.tasks[t].number, self.tasks[t].row, rollouts)
+            group = RolloutGroup(self.tasks[t].number, self.tasks[t].row, rollouts, place=t)
             self.scoring[t] = asyncio.create_task(self._score(group))
 
     async def _score(self, group: RolloutGroup) -> RolloutGroup:

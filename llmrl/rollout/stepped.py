@@ -67,7 +67,7 @@ class SteppedEngine:
         try:
             with self._working():
                 while len(found) < len(places):
-                    found.update((places[key], completion) for key, completion in self._step())
+                    found.update((places[key], completion) for key, completion in self._step() if key in places)
         except BaseException:
             self._abort([key for key, place in places.items() if place not in found])
             raise
@@ -77,8 +77,8 @@ class SteppedEngine:
         """One completion, beside all others that are under way. Cancelled, it leaves the engine."""
         self._check(prompt_ids, sampling, 1)
         loop, key = asyncio.get_running_loop(), next(self._keys)
-        self._callers[key] = loop.create_future()
         self._add(key, prompt_ids, sampling)
+        self._callers[key] = loop.create_future()
         if self._driver is None or self._driver.done():
             self._driver = loop.create_task(self._drive())
         try:

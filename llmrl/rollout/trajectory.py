@@ -104,11 +104,12 @@ class Rollout:
 
 @dataclass
 class RolloutGroup:
-    """The rollouts of one data row. `row` holds its columns, `number` counts rows from 1."""
+    """The rollouts of one data row. `row` holds its columns, `number` counts rows from 1, `place` tasks from 0."""
 
     number: int
     row: dict[str, Any]
     rollouts: list[Rollout]
+    place: int = 0
 
     @property
     def rewards(self) -> list[float]:

@@ -75,6 +75,8 @@ class RLSPConfig(CriticConfig):
         names = {entry.label for entry in self.rewards}
         if self.alpha_end is not None and (self.form_of_reward == "code" or not {VERIFIER, EXPLORATION} <= names):
             raise ValueError("alpha_end fades the paper's form: leave `rewards` and form_of_reward as they are")
+        if self.alpha_end is not None and self.max_staleness:
+            raise ValueError("alpha_end changes the reward from step to step, so that max_staleness must be 0")
         return self
 
     def alpha_at(self, step: int, total_steps: int) -> float:

@@ -1,0 +1,83 @@
+"""The configured generation engine, and the learner's weights on their way into it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmrl import models
+from llmrl.errors import RefusedError
+from llmrl.learner.learner import Learner
+from llmrl.learner.loading import base_of
+from llmrl.learner.sharding import zero_stage
+from llmrl.rollout.huggingface import HuggingFaceEngine
+from llmrl.rollout.protocol import Engine
+from llmrl.trainers.online_config import OnlineConfig
+
+
+def build_engine(
+    config: OnlineConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> Engine | None:
+    """The engine of `config.engine`. Servers are asked by the first rank for all: None on the others.
+
+    Raises RefusedError where it cannot be, RunFailedError where a server is not there.
+    """
+    keys = config.engine
+    if keys.kind == "huggingface":
+        if zero_stage(learner.accelerator) == 3:
+            raise RefusedError(
+                "engine.kind huggingface samples with the whole model on each process, which ZeRO-3 does not have; "
+                "use vllm or vllm_server, or launch with ZeRO-2 or DDP"
+            )
+        return HuggingFaceEngine(learner.causal_lm, tokenizer, keys.max_rows, keys.max_cache_tokens)
+    model, adapter = base_of(models.resolve(config.model_name_or_path)), adapter_alone(config, learner)
+    if keys.kind == "vllm":
+        from llmrl.rollout.vllm_local import VLLMEngine, VLLMOptions
+
+        options = VLLMOptions(
+            max_model_len=max_length,
+            max_concurrent=config.rollout.concurrent,
+            gpu_memory_share=keys.gpu_memory_utilization,
+        )
+        return VLLMEngine(model, tokenizer, options, adapter)
+    if not learner.accelerator.is_main_process:
+        return None
+    from llmrl.rollout.vllm_server import ServerOptions, VLLMServerEngine
+
+    servers = ServerOptions(
+        patience_seconds=keys.patience_seconds,
+        max_concurrent=config.rollout.concurrent,
+        folder=Path(keys.weights_dir) if keys.weights_dir else None,
+        allow_remote=keys.allow_remote,
+    )
+    return VLLMServerEngine(keys.urls, model, tokenizer, servers, adapter)
+
+
+def adapter_alone(config: OnlineConfig, learner: Learner) -> PeftConfig | None:
+    """The adapter's configuration, where it goes to the engine on its own; None where whole weights go."""
+    if not isinstance(learner.causal_lm, PeftModel):
+        return None
+    merged = config.engine.lora == "merged" or (config.engine.lora == "auto" and not torch.cuda.is_available())
+    return None if merged else learner.causal_lm.peft_config[learner.causal_lm.active_adapter]
+
+
+def synchronise(engine: Engine | None, learner: Learner, adapter: PeftConfig | None, version: int) -> None:
+    """Bring the learner's weights into the engine; called on all ranks, for sharded weights are gathered together."""
+    if isinstance(engine, HuggingFaceEngine):
+        engine.sync((), version)
+        return
+    weights = _as_the_engine_knows_them(learner, adapter)
+    if engine is not None:
+        engine.sync(weights, version)
+    for _ in weights:  # a rank without an engine, too, takes part in gathering
+        pass
+    learner.accelerator.wait_for_everyone()
+
+
+def _as_the_engine_knows_them(learner: Learner, adapter: PeftConfig | None) -> Iterator[tuple[str, Tensor]]:
+    from llmrl.rollout.vllm_weights import merged_weights
+
+    return merged_weights(learner.causal_lm, learner.weights()) if adapter is None else learner.weights()
