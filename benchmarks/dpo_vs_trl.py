@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,11 +23,11 @@ from typing import Any
 import document
 import measuring
 import workloads
+from processes import in_own_process
 from workloads import Cell
 
 TOOLKITS = ("llmrl", "trl", "trl_selecting")
 TOLERANCE = 1e-5
-TIMEOUT_SECONDS = 1800
 SHAPES = ("long prompt", "short prompt", "ragged")
 QUICK = [Cell(4096, "long prompt", True), Cell(4096, "ragged", False)]
 FULL = [
@@ -88,7 +87,8 @@ def measured(cell: Cell, scratch: Path, rounds: int, threads: int) -> Measuremen
         for toolkit in TOOLKITS:
             began = time.perf_counter()
             load = os.getloadavg()[0]
-            found[-1][toolkit] = one = _in_own_process(cell, folder, toolkit, threads)
+            wanted = {"cell": cell.to_dict(), "folder": str(folder), "toolkit": toolkit}
+            found[-1][toolkit] = one = in_own_process("worker.py", wanted, folder, threads)
             one |= {"threads": threads, "load": load}
             workloads.clear(folder)
             print(
@@ -97,22 +97,6 @@ def measured(cell: Cell, scratch: Path, rounds: int, threads: int) -> Measuremen
                 file=sys.stderr, flush=True,
             )  # fmt: skip
     return found
-
-
-def _in_own_process(cell: Cell, folder: Path, toolkit: str, threads: int) -> dict[str, Any]:
-    specification, result = folder / "specification.json", folder / "result.json"
-    specification.write_text(json.dumps({"cell": cell.to_dict(), "folder": str(folder), "toolkit": toolkit}))
-    result.unlink(missing_ok=True)
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-    }  # fmt: skip
-    command = [sys.executable, str(root / "benchmarks" / "worker.py"), str(specification), str(result)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-    if process.returncode != 0 or not result.exists():
-        sys.exit(f"{cell.name}, {toolkit}: exit code {process.returncode}\n{process.stdout}\n{process.stderr}")
-    return dict(json.loads(result.read_text()))
 
 
 def check_equal(cell: Cell, found: Measurements) -> None:

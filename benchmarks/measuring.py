@@ -5,7 +5,7 @@ import gc
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,8 @@ class Meter:
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     extra_mb: float = 0.0
+    laps: list[tuple[float, float]] = field(default_factory=list)
+    """(wall seconds, CPU seconds) since the start, at each `lap`."""
 
     def start(self) -> None:
         gc.collect()
@@ -36,6 +38,9 @@ class Meter:
         CLEAR.write_text("5")
         self.extra_mb = -_status_mb("VmRSS")
         self.wall_seconds, self.cpu_seconds = -time.perf_counter(), -time.process_time()
+
+    def lap(self) -> None:
+        self.laps.append((self.wall_seconds + time.perf_counter(), self.cpu_seconds + time.process_time()))
 
     def stop(self) -> None:
         self.wall_seconds += time.perf_counter()

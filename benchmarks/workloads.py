@@ -5,6 +5,7 @@ import random
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ARITHMETIC = Path(__file__).resolve().parents[1] / "data" / "arithmetic" / "pairs" / "train.jsonl"
 SEED = 42
@@ -45,7 +46,7 @@ def build(cell: Cell, folder: Path) -> None:
     from llmrl.data.order import rows_for_step
 
     if not (folder / "model").exists():
-        _synthetic_model(cell.vocabulary, folder / "model") if cell.vocabulary else _smollm2(folder / "model")
+        synthetic_model(folder / "model", cell.vocabulary) if cell.vocabulary else _smollm2(folder / "model")
     count = cell.pairs_per_step * cell.steps
     rows = _synthetic_pairs(cell, count) if cell.vocabulary else _arithmetic_pairs(cell, count, folder / "model")
     order = [row for step in range(cell.steps) for row in rows_for_step(step, cell.pairs_per_step, count, SEED)]
@@ -57,20 +58,26 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _synthetic_model(vocabulary: int, folder: Path) -> None:
-    """A Llama with tied embeddings, random weights, and a tokenizer of one token a word."""
+def synthetic_model(folder: Path, vocabulary: int, chat_template: str | None = None, **shape: Any) -> None:
+    """A Llama with tied embeddings, random weights, and a tokenizer of one token a word.
+
+    `shape`: keys of its configuration that differ from `SYNTHETIC`.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(SEED)
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **SYNTHETIC, **special)).save_pretrained(folder)
+    config = LlamaConfig(vocab_size=vocabulary, **{**SYNTHETIC, **special, **shape})
+    LlamaForCausalLM(config).save_pretrained(folder)
     words = {"<pad>": 0, "<unk>": 1, "<end>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
 
 
 def _synthetic_pairs(cell: Cell, count: int) -> list[dict[str, str]]:
