@@ -139,8 +139,9 @@ class _Collection:
             await self._until_enough(set(running), reporting)
             for t in range(len(self.tasks)):
                 self._start_scoring(t)
-            scored = [await self.scoring[t] for t in sorted(self.scoring)]
-            groups = [g for t, g in zip(sorted(self.scoring), scored, strict=True) if self._is_whole(g, self.tasks[t])]
+            await self._until_scored(reporting)
+            scored = {t: self.scoring[t].result() for t in sorted(self.scoring)}
+            groups = [group for t, group in scored.items() if self._is_whole(group, self.tasks[t])]
         finally:
             reporting.cancel()
             for task in (*running, *self.scoring.values()):
@@ -152,15 +153,16 @@ class _Collection:
         """Wait for all rollouts, or for as many as the early stop asks for; the first error ends everything."""
         total = len(running)
         while running:
-            watched = {*running, *self.scoring.values(), reporting}
-            await asyncio.wait({task for task in watched if not task.done()}, return_when=asyncio.FIRST_COMPLETED)
-            for task in watched:
-                if task.done():
-                    task.result()
+            await _first_of({*running, *self.scoring.values(), reporting})
             running = {task for task in running if not task.done()}
             if running and self.policy.early_stop < 1 and self._enough(total):
                 self._count("given_up", len(running))
                 return
+
+    async def _until_scored(self, reporting: asyncio.Task[None]) -> None:
+        """Wait for all scores; `reporting` goes on hearing of signals while a reward function is slow."""
+        while not all(task.done() for task in self.scoring.values()):
+            await _first_of({*self.scoring.values(), reporting})
 
     def _enough(self, total: int) -> bool:
         sound = [0] * len(self.tasks)
@@ -253,6 +255,14 @@ class _Collection:
             self.collector.report(Progress(len(self.ended), total, self.num_sampled, seconds, most))
 
 
+async def _first_of(tasks: set[asyncio.Task[Any]]) -> None:
+    """Until one of them ends that has not ended yet; raises what any of them has raised."""
+    await asyncio.wait({task for task in tasks if not task.done()}, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if task.done():
+            task.result()
+
+
 class _Episode:
     """The token side and the environment side of one rollout, brought together."""
 
@@ -280,7 +290,8 @@ class _Episode:
             message = await self._complete(self.dialogue, turn, room)
             if isinstance(message, ParseFault):
                 return "error-parse", message.reason
-            if self.turns[-1].finish_reason == "length" and self.limits.max_turns > 1:
+            cut = self.turns[-1].finish_reason == "length"
+            if cut and self.limits.max_turns > 1 and self._ends_here(room):
                 return "truncated-length", ""
             try:
                 result = StepResult(*await self._environment("step", message))
@@ -288,7 +299,7 @@ class _Episode:
                 return broken.end_state, broken.what
             self.turns[-1] = replace(self.turns[-1], rewards=dict(result.rewards))
             if result.done:
-                return ("truncated-length" if self.turns[-1].finish_reason == "length" else "completed"), ""
+                return ("truncated-length" if cut and self.limits.max_turns == 1 else "completed"), ""
             try:
                 extends = self.dialogue.extend(list(result.messages))
             except RefusedError as error:  # it said nothing, or what the chat template refuses
