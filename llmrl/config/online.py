@@ -38,6 +38,8 @@ class RolloutKeys(Keys):
 
     max_turns: Positive = 1
     """Completions in one rollout."""
+    cut_turns: Literal["go_on", "end"] = "go_on"
+    """A turn that ran into max_completion_length is closed and answered like any other, or ends the rollout."""
     environment_seconds: Annotated[float, Field(gt=0), Housekeeping()] = 60.0
     """A call of the environment that takes longer breaks its rollout."""
     rollout_seconds: Annotated[float | None, Field(gt=0), Housekeeping()] = None

@@ -27,7 +27,11 @@ from llmrl.rollout.trajectory import BROKEN, EndState, Rollout, RolloutGroup, Tu
 @dataclass(frozen=True)
 class Limits:
     """What ends a rollout: turns, tokens of one turn, tokens of the whole context, seconds for one environment call
-    and for the whole rollout (None: no limit), and how many rollouts are under way at once."""
+    and for the whole rollout (None: no limit), and how many rollouts are under way at once.
+
+    `cut_turns`: whether a turn that ran into `max_completion_length` ends the rollout, or is closed and answered by the
+    environment like any other (as LOOP's authors do; the closing token is no action).
+    """
 
     max_turns: int = 1
     max_completion_length: int = 256
@@ -35,6 +39,7 @@ class Limits:
     environment_seconds: float | None = 60.0
     rollout_seconds: float | None = None
     concurrent_rollouts: int = 256
+    cut_turns: Literal["end", "go_on"] = "end"
 
 
 @dataclass(frozen=True)
@@ -307,6 +312,10 @@ class _Episode:
             if not extends:
                 self.collection._count("rewritten", 1)
         return "truncated-turns", ""
+
+    def _ends_here(self, room: int) -> bool:
+        """Whether a turn that had `room` and was cut is the last: also where the whole context is full."""
+        return self.limits.cut_turns == "end" or room < self.limits.max_completion_length
 
     def _room(self) -> int:
         assert self.dialogue is not None

@@ -92,6 +92,7 @@ class OnlineTask:
             environment_seconds=keys.environment_seconds,
             rollout_seconds=keys.rollout_seconds,
             concurrent_rollouts=keys.concurrent,
+            cut_turns=keys.cut_turns,
         )
 
     async def score(self, group: RolloutGroup) -> None:

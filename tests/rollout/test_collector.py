@@ -274,3 +274,17 @@ def test_an_episode_that_nobody_judged_has_no_reward() -> None:
 
     found = collect(Silent, policy=GroupPolicy(min_rollouts=1))
     assert found.counts["left_out"] == found.counts["completed"]
+
+
+def test_a_cut_turn_ends_the_rollout_or_is_closed_and_answered() -> None:
+    ended = collect(limits=Limits(max_turns=3, max_completion_length=2))
+    assert {r.end_state for g in ended.groups for r in g.rollouts} == {"truncated-length"}
+    gone_on = collect(limits=Limits(max_turns=3, max_completion_length=2, cut_turns="go_on"))
+    rollouts = [r for g in gone_on.groups for r in g.rollouts]
+    assert {r.end_state for r in rollouts} == {"completed"}
+    for rollout in rollouts:
+        assert [turn.end - turn.start <= 2 for turn in rollout.turns] == [True] * 3
+        for turn, following in zip(rollout.turns, rollout.turns[1:], strict=False):
+            if turn.finish_reason == "length":  # the closing token stands behind it, and nobody sampled it
+                assert rollout.pieces[turn.piece][turn.end] == TOKENIZER.eos_token_id
+                assert following.start > turn.end
