@@ -109,14 +109,14 @@ def check_equal(cell: Cell, found: Measurements) -> None:
                 sys.exit(f"{cell.name}, round {number}: llmrl and {toolkit} trained on different token ids")
             if len(ours["losses"]) != cell.steps or len(theirs["losses"]) != cell.steps:
                 sys.exit(f"{cell.name}: {ours['losses']} and {theirs['losses']} are not {cell.steps} losses each")
-            if _difference(ours["losses"], theirs["losses"]) > TOLERANCE:
+            if difference(ours["losses"], theirs["losses"]) > TOLERANCE:
                 sys.exit(
                     f"{cell.name}, round {number}: the losses of llmrl and {toolkit} differ by more than {TOLERANCE}: "
                     f"{ours['losses']}, {theirs['losses']}"
                 )
 
 
-def _difference(ours: list[float], theirs: list[float]) -> float:
+def difference(ours: list[float], theirs: list[float]) -> float:
     """Largest absolute difference; infinite if anything is not a number."""
     differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     return math.inf if any(not math.isfinite(d) for d in differences) else max(differences)
@@ -185,7 +185,7 @@ def _speed(cell: Cell, found: Measurements) -> list[str]:
 
 def _memory(cell: Cell, found: Measurements) -> list[str]:
     losses = found[0]["llmrl"]["losses"]
-    apart = max(_difference(one["llmrl"]["losses"], one[t]["losses"]) for one in found for t in TOOLKITS[1:])
+    apart = max(difference(one["llmrl"]["losses"], one[t]["losses"]) for one in found for t in TOOLKITS[1:])
     return [
         cell.name,
         *(f"{median(one[t]['extra_mb'] for one in found):.0f}" for t in TOOLKITS),

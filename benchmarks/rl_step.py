@@ -24,7 +24,7 @@ import document
 import measuring
 import rl_workloads
 import workloads
-from dpo_vs_trl import TOOLKITS, Measurements
+from dpo_vs_trl import TOOLKITS, Measurements, difference
 from processes import in_own_process
 from rl_workloads import Cell
 
@@ -108,13 +108,14 @@ def check_equal(cell: Cell, found: Measurements) -> None:
                 ours, theirs = one["llmrl"][figure], one[toolkit][figure]
                 if len(ours) != cell.steps or len(theirs) != cell.steps:
                     sys.exit(f"{label(cell)}: {ours} and {theirs} are not {cell.steps} {figure} each")
-                if not difference(ours, theirs) <= TOLERANCE:
+                if apart(ours, theirs) > TOLERANCE:
                     sys.exit(f"{label(cell)}: {figure} of llmrl and {toolkit} differ: {ours}, {theirs}")
 
 
-def difference(ours: list[float], theirs: list[float]) -> float:
-    """Largest difference, relative where the numbers are above 1."""
-    return max(abs(a - b) / max(abs(b), 1.0) for a, b in zip(ours, theirs, strict=True))
+def apart(ours: list[float], theirs: list[float]) -> float:
+    """Largest difference, relative where the numbers are above 1; infinite if anything is not a number."""
+    scales = [max(abs(b), 1.0) for b in theirs]
+    return difference(*([x / scale for x, scale in zip(numbers, scales, strict=True)] for numbers in (ours, theirs)))
 
 
 def per_step(one: dict[str, Any], clock: int) -> float:
@@ -188,8 +189,8 @@ STEP_HEADER = [
 
 def _update_row(cell: Cell, found: Measurements) -> list[str]:
     ours, theirs = found[0]["llmrl"], found[0]["trl"]
-    apart = max(
-        difference(one["llmrl"][figure], one[toolkit][figure])
+    largest = max(
+        apart(one["llmrl"][figure], one[toolkit][figure])
         for one in found
         for toolkit in TOOLKITS[1:]
         for figure in ("losses", "grad_norms")
@@ -200,7 +201,7 @@ def _update_row(cell: Cell, found: Measurements) -> list[str]:
         f"{median(per_step(one['llmrl'], 1) for one in found):.2f}",
         *_ratios(found, lambda one, clock: per_step(one, clock)),
         *_memory(found),
-        f"{apart:.1e}",
+        f"{largest:.1e}",
     ]
 
 

@@ -17,7 +17,10 @@ SAMPLES = 8
 ENDS_EVERY = 54
 MEAN_LOG, SPREAD_LOG = 3.75, 0.7  # log-normal lengths with a mean of 54
 BODIES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
     "256 x 4": {},
     "512 x 8": {
         "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
