@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmrl import models
-from llmrl.errors import RefusedError
+from llmrl.errors import LlmrlError, RefusedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.loading import base_of
-from llmrl.learner.sharding import zero_stage
+from llmrl.learner.sharding import gather_objects, zero_stage
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Engine
 from llmrl.trainers.online_config import OnlineConfig
@@ -65,16 +66,29 @@ def adapter_alone(config: OnlineConfig, learner: Learner) -> PeftConfig | None:
 
 
 def synchronise(engine: Engine | None, learner: Learner, adapter: PeftConfig | None, version: int) -> None:
-    """Bring the learner's weights into the engine; called on all ranks, for sharded weights are gathered together."""
+    """Bring the learner's weights into the engine; called on all ranks, for sharded weights are gathered together.
+
+    Raises on all of them what the engine of one raises.
+    """
     if isinstance(engine, HuggingFaceEngine):
         engine.sync((), version)
         return
-    weights = _as_the_engine_knows_them(learner, adapter)
-    if engine is not None:
-        engine.sync(weights, version)
-    for _ in weights:  # a rank without an engine, too, takes part in gathering
+    weights, failure = _as_the_engine_knows_them(learner, adapter), None
+    try:
+        if engine is not None:
+            engine.sync(weights, version)
+    except LlmrlError as error:
+        failure = error
+    for _ in weights:  # a rank without an engine, or whose engine failed, takes part in gathering, too
         pass
-    learner.accelerator.wait_for_everyone()
+    raise_together(learner.accelerator, failure)
+
+
+def raise_together(accelerator: Accelerator, failure: LlmrlError | None) -> None:
+    """Raise on every rank what any of them failed with: one that ended alone would leave the others waiting for it."""
+    failures = [each for each in gather_objects(accelerator, failure) if each is not None]
+    if failures:
+        raise failure or failures[0]
 
 
 def _as_the_engine_knows_them(learner: Learner, adapter: PeftConfig | None) -> Iterator[tuple[str, Tensor]]:

@@ -86,10 +86,14 @@ class OnlineRun:
         self.task.scorer.weights |= weights
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Greedy rollouts of the held-out rows, and the answers to the problems of task_evaluation."""
+        """Greedy rollouts of the held-out rows, and the answers to the problems of task_evaluation.
+
+        Where they fail or are interrupted, a checkpoint of the steps before is left.
+        """
         asked = len(self.task.data.heldout)
-        found = {"heldout": heldout_metrics(self.sampler.heldout(), asked)} if asked else {}
-        return found | self._answers()
+        with self.session.before_updates():
+            found = {"heldout": heldout_metrics(self.sampler.heldout(), asked)} if asked else {}
+            return found | self._answers()
 
     def _write(self, number: int, groups: Iterable[RolloutGroup]) -> None:
         if not self.run.is_main:
@@ -136,7 +140,7 @@ class OnlineRun:
         return metrics
 
     def record(self, collected: Collected, metrics: dict[str, float]) -> None:
-        """Log the step; ends a run in which nothing has been learned for long."""
+        """Log the step; ends a run in which nothing has been learned for long, with a checkpoint."""
         scorer = self.task.scorer
         failures = (
             {} if scorer is None else {f"rewards/{n}/failures": float(t.failures) for n, t in scorer.tallies.items()}
@@ -152,10 +156,11 @@ class OnlineRun:
         said = f"nothing was learned in {self._empty_steps} steps in a row: {cause}"
         self.run.note(said)
         if self._empty_steps == self.config.max_empty_steps:
-            raise RunFailedError(
-                f"{said}. Choose easier or harder prompts, a reward with more grades, more samples_per_prompt, or a "
-                "higher temperature"
-            )
+            with self.session.before_updates():
+                raise RunFailedError(
+                    f"{said}. Choose easier or harder prompts, a reward with more grades, more samples_per_prompt, or "
+                    "a higher temperature"
+                )
 
 
 def online_learner(

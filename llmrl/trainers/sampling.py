@@ -3,6 +3,7 @@
 Invariants
 - What a step rolls out follows from its number, the seed and the weights, so that a resumed run repeats it. A
   checkpoint holds the place in the rows and, where the next step's rollouts are sampled ahead, these.
+- What fails on one rank is raised on all of them: they go on, or end with a checkpoint, together.
 - The engine never samples with other weights than the learner's as they were when the collection began, and is never
   given new ones while it samples. With `max_staleness` 0 these are the newest, with 1 at most one step older.
 """
@@ -15,19 +16,21 @@ from threading import Thread
 from typing import Any
 
 from llmrl.data.order import RowCursor
-from llmrl.errors import RefusedError, RunInterruptedError
+from llmrl.errors import LlmrlError, RefusedError, RunInterruptedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.sharding import gather_objects
 from llmrl.objectives.presets import Preset
 from llmrl.rollout.collector import Collected, Collector, GroupPolicy, Progress, Task
-from llmrl.rollout.protocol import row_seed
+from llmrl.rollout.protocol import Engine, row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.runs import Run, ranks
-from llmrl.trainers.engines import adapter_alone, build_engine, synchronise
+from llmrl.trainers.engines import adapter_alone, build_engine, raise_together, synchronise
 from llmrl.trainers.online_config import OnlineConfig
 from llmrl.trainers.online_task import OnlineTask
 
 MOST_REFILLS = 10
+Share = Collected | LlmrlError
+"""What one rank has collected, or why it could not."""
 
 
 class Sampler:
@@ -47,11 +50,20 @@ class Sampler:
                 "max_staleness 1 with engine.kind vllm shares random numbers with lora_dropout; set it to 0"
             )
         self.config, self.algorithm, self.task, self.learner, self.run = config, algorithm, task, learner, run
-        self.engine = build_engine(config, learner, task.tokenizer, task.max_length)
+        self.engine = self._built()
         self.adapter = adapter_alone(config, learner)
         self.cursor = RowCursor(len(task.data.train), config.seed)
         self.version, self._synced = 0, -1  # how often the learner changed, and which of its states the engine has
         self._ahead: _Ahead | None = None
+
+    def _built(self) -> Engine | None:
+        engine, failure = None, None
+        try:
+            engine = build_engine(self.config, self.learner, self.task.tokenizer, self.task.max_length)
+        except LlmrlError as error:
+            failure = error
+        raise_together(self.learner.accelerator, failure)
+        return engine
 
     def close(self) -> None:
         if self._ahead is not None:
@@ -103,8 +115,8 @@ class Sampler:
 
     # -- one collection ------------------------------------------------------------------------------------------
 
-    def _step(self, step: int) -> list[Collected]:
-        """This rank's share of a step's rollouts, in as many collections as it took."""
+    def _step(self, step: int) -> list[Share]:
+        """This rank's share of a step's rollouts, in as many collections as it took; the last may have failed."""
         shares = [self._asked(step, 0, self.config.prompts_per_step)]
         if self.algorithm.dynamic_sampling:
             for again in range(1, MOST_REFILLS + 1):
@@ -115,7 +127,7 @@ class Sampler:
                 shares.append(self._asked(step, again, missing))
         return shares
 
-    def _asked(self, step: int, again: int, count: int) -> Collected:
+    def _asked(self, step: int, again: int, count: int) -> Share:
         """Roll out the next `count` prompts."""
         seed = row_seed(self.config.seed, step, again)
         prompts = [self.task.data.train[row] for row in self.cursor.take(count)]
@@ -128,7 +140,7 @@ class Sampler:
         policy = GroupPolicy(keys.on_error, keys.retries, least, keys.early_stop)
         return self._collect(tasks, self.config.temperature, policy, f"rollouts of step {step + 1}")
 
-    def _collect(self, tasks: list[Task], temperature: float, policy: GroupPolicy, what: str) -> Collected:
+    def _collect(self, tasks: list[Task], temperature: float, policy: GroupPolicy, what: str) -> Share:
         """This rank's share of the tasks: each has its own engine, or the first asks the servers for all."""
         accelerator = self.learner.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -145,15 +157,19 @@ class Sampler:
             policy,
             _Shown(self.run, what),
         )
-        with accelerator.autocast():  # sampled in the precision that is trained in
-            found = collector.collect(tasks[rank::world], temperature)
+        try:
+            with accelerator.autocast():  # sampled in the precision that is trained in
+                found = collector.collect(tasks[rank::world], temperature)
+        except LlmrlError as error:
+            return error
         for group in found.groups:
             group.place = rank + world * group.place
         return found
 
-    def _whole(self, shares: list[Collected]) -> Collected:
+    def _whole(self, shares: list[Share]) -> Collected:
         """All ranks' shares together, in the order of the tasks, without what dynamic sampling leaves out."""
-        everyone = gather_objects(self.learner.accelerator, shares)
+        everyone = gather_objects(self.learner.accelerator, _sound(shares) or [])
+        raise_together(self.learner.accelerator, next((s for s in shares if isinstance(s, LlmrlError)), None))
         rounds = [beside([theirs[i] for theirs in everyone]) for i in range(len(shares))]
         whole = functools.reduce(added, rounds)
         if self.algorithm.dynamic_sampling and self.config.samples_per_prompt > 1:
@@ -183,13 +199,13 @@ class Sampler:
 class _Ahead:
     """A collection in a thread of its own; `position` is the place in the rows before it."""
 
-    def __init__(self, position: int, collect: Callable[[], list[Collected]]) -> None:
+    def __init__(self, position: int, collect: Callable[[], list[Share]]) -> None:
         self.position = position
-        self._future: Future[list[Collected]] = Future()
+        self._future: Future[list[Share]] = Future()
         self._thread = Thread(target=self._run, args=(collect,), name="rollouts of the next step", daemon=True)
         self._thread.start()
 
-    def _run(self, collect: Callable[[], list[Collected]]) -> None:
+    def _run(self, collect: Callable[[], list[Share]]) -> None:
         try:
             self._future.set_result(collect())
         except BaseException as error:
@@ -199,14 +215,14 @@ class _Ahead:
         """Until it has ended, however it did."""
         self._thread.join()
 
-    def result(self) -> list[Collected]:
+    def result(self) -> list[Share]:
         """What it brought; raises what it raised."""
         return self._future.result()
 
     def sound(self) -> list[Collected] | None:
         """What it brought, or None where it failed."""
         self.wait()
-        return None if self._future.exception() else self._future.result()
+        return None if self._future.exception() else _sound(self._future.result())
 
 
 @dataclass
@@ -227,6 +243,12 @@ class _Shown:
                 f"{self.what}: {progress.done} of {progress.total}, {rate:,.0f} sampled tokens/s, most wait for "
                 f"{progress.waiting_for}"
             )
+
+
+def _sound(shares: Sequence[Share]) -> list[Collected] | None:
+    """They, or None where one of them failed."""
+    sound = [share for share in shares if isinstance(share, Collected)]
+    return sound if len(sound) == len(shares) else None
 
 
 def added(first: Collected, second: Collected) -> Collected:
