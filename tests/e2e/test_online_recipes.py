@@ -5,17 +5,22 @@ import random
 import shutil
 import signal
 import socket
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.forked import begin, ended
+from support.models import make_tiny_model
 from support.online_run import REWARD, evals, run_online, write_online_config
-from support.recipe_run import final_weights, kill_after_a_checkpoint, launch, metrics, wait_for
-from support.words import WORDS
+from support.recipe_run import final_weights, launch, metrics, wait_for
+from support.words import WORDS, word_tokenizer
 
 import llmrl.runs.report
+from llmrl.rollout.vllm_launch import ServerProcess
 from llmrl.runs import checkpoints
+from llmrl.trainers.experience import Experience
 
 pytestmark = pytest.mark.slow
 
@@ -95,11 +100,13 @@ def test_a_whole_run_and_its_repetition_from_its_own_config(tmp_path: Path) -> N
 
 def test_killed_at_a_random_moment_and_resumed_it_ends_as_if_nothing_had_been(finished: tuple[str, Path]) -> None:
     method, folder = finished
-    run, _ = beside(folder, "killed")
-    config = folder / "killed.yaml"
-    config.write_text((folder / "config.yaml").read_text().replace(str(folder / "run"), str(run)))
-    kill_after_a_checkpoint(method, config, run, delay=random.uniform(0, 0.5))
-    assert run_online(method, config, *RESUME) == 0
+    run, arguments = beside(folder, "killed")
+    process = begin(method, folder / "config.yaml", *arguments)
+    wait_for(lambda: any((run / "checkpoints").glob("step_*")))
+    time.sleep(random.uniform(0, 0.5))
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
+    assert run_online(method, folder / "config.yaml", *arguments, *RESUME) == 0
     assert_same(run, folder / "run")
 
 
@@ -210,27 +217,152 @@ def test_two_processes_follow_the_curve_of_one_even_where_one_of_them_has_nothin
     assert {0, 1} < set(teaching)  # fewer prompts than processes
 
 
-def test_where_one_process_fails_all_end_with_its_reason_and_a_checkpoint(tmp_path: Path) -> None:
-    rewards = [f"{tmp_path / 'reward.py'}:broken_on_rank_1"]
-    config = picky_config(tmp_path, rewards=rewards, reward_max_failures=1, eval_rows=0)
+def two_ranks(config: Path, **environment: str) -> list[int]:
+    """Exit codes of two processes of one run, as a launcher would start them; their words are in log0 and log1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    ranks = [
-        begin("loop", config, log=tmp_path / f"log{rank}", environment={
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        })
-        for rank in (0, 1)
-    ]  # fmt: skip
-    assert [ended(process, 60) for process in ranks] == [1, 1]
+    settings = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in ("0", "1"):
+        own = {"RANK": rank, "LOCAL_RANK": rank, **settings, **environment}
+        ranks.append(begin("loop", config, log=config.with_name(f"log{rank}"), environment=own))
+    return [ended(process, 120) for process in ranks]
+
+
+def test_where_one_process_fails_all_end_with_its_reason_and_a_checkpoint(tmp_path: Path) -> None:
+    rewards = [f"{tmp_path / 'reward.py'}:broken_on_rank_1"]
+    config = picky_config(tmp_path, rewards=rewards, reward_max_failures=1, eval_rows=0)
+    assert two_ranks(config) == [1, 1]
     assert "rank 1 has no luck" in json.loads((tmp_path / "run" / "summary.json").read_text())["reason"]
     assert checkpoints.latest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_2"
 
 
 def test_zero3_refuses_the_engine_that_needs_the_whole_model(tmp_path: Path) -> None:
-    done = launch("loop", "cpu_zero3", "--config", str(write_online_config(tmp_path)))
-    assert done.returncode != 0
-    assert "refused: engine.kind huggingface samples with the whole model" in done.stderr
-    assert "use vllm or vllm_server, or launch with ZeRO-2 or DDP" in done.stderr
+    zero3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    assert two_ranks(write_online_config(tmp_path), **zero3) == [2, 2]
+    said = (tmp_path / "log0").read_text()
+    assert "refused: engine.kind huggingface samples with the whole model" in said
+    assert "use vllm or vllm_server, or launch with ZeRO-2 or DDP" in said
     assert not (tmp_path / "run").exists()
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: see CONTRIBUTING.md")
+LEARNING = {"samples_per_prompt": 8, "temperature": 0.3, "max_steps": 12}
+
+
+def wide_config(tmp_path: Path, **settings: Any) -> Path:
+    """With attention heads of a width that vLLM computes on a CPU."""
+    tokenizer = word_tokenizer()
+    make_tiny_model(vocab_size=len(tokenizer), scale=1.0, head_dim=32).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return write_online_config(tmp_path, **settings)
+
+
+def assert_learned(run: Path, steps: int) -> None:
+    """The reward rises, and what samples is at every step what learns."""
+    lines = metrics(run)
+    assert len(lines) == steps
+    rewards = [line["reward"] for line in lines]
+    third = steps // 3
+    assert sum(rewards[-third:]) / third > sum(rewards[:third]) / third + 0.15, rewards
+    before, *_, after = (entry["metrics"]["paid"] for entry in evals(run))
+    assert after > before + 0.2
+    for line in lines:
+        assert line["sampling/sampling_logp_difference/max"] < 1e-4
+        assert line["sampling/importance_sampling_ratio/max"] == pytest.approx(1.0, abs=1e-3)
+    for number in range(1, steps + 1):
+        rollouts = [json.loads(line) for line in (run / "rollouts" / f"step_{number}.jsonl").open()]
+        assert {version for rollout in rollouts for version in rollout["policy_versions"]} == {number - 1}
+
+
+@needs_vllm
+@pytest.mark.parametrize("use_peft", [False, True], ids=["full", "lora"])
+def test_with_vllm_in_the_process_the_reward_rises_and_the_sampler_is_never_stale(
+    tmp_path: Path, use_peft: bool
+) -> None:
+    own = {"learning_rate": 3e-2, "temperature": 0.1} if use_peft else {}  # an adapter leaves the output layer alone
+    config = wide_config(tmp_path, engine={"kind": "vllm"}, use_peft=use_peft, **{**LEARNING, **own})
+    assert run_online("loop", config) == 0
+    assert_learned(tmp_path / "run", 12)
+
+
+@needs_vllm
+def test_rollouts_one_step_ahead_survive_a_failure_and_are_never_older(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = wide_config(tmp_path, engine={"kind": "vllm"}, max_staleness=1, max_steps=5, save_steps=1, eval_steps=2)
+    assert run_online("loop", config) == 0
+    for number, line in enumerate(metrics(tmp_path / "run"), 1):
+        rollouts = (tmp_path / "run" / "rollouts" / f"step_{number}.jsonl").read_text().splitlines()
+        versions = {version for rollout in rollouts for version in json.loads(rollout)["policy_versions"]}
+        assert versions == {max(number - 2, 0)}
+        assert (line["sampling/sampling_logp_difference/max"] > 1e-3) == (number > 1)
+
+    broken, arguments = beside(tmp_path, "broken")
+    with monkeypatch.context() as patch:
+        patch.setattr(Experience, "train", _raises_in_call(Experience.train, 4))
+        assert run_online("loop", config, *arguments) == 1
+    assert checkpoints.latest(broken) == broken / "checkpoints" / "step_3"
+    sampled = (broken / "rollouts" / "step_4.jsonl").read_text()
+    (broken / "rollouts" / "step_4.jsonl").unlink()
+    assert run_online("loop", config, *arguments, *RESUME) == 0
+    assert (broken / "rollouts" / "step_4.jsonl").read_text() == sampled
+    assert_same(broken, tmp_path / "run")
+
+
+def _raises_in_call(function: Any, number: int) -> Any:
+    calls = 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise RuntimeError("no luck")
+        return function(*arguments, **named)
+
+    return counted
+
+
+KILLER = (
+    REWARD
+    + """
+import os, signal
+calls = 0
+
+def killer(completions, **columns):
+    global calls
+    calls += 1
+    if calls == 10:
+        os.killpg(GROUP, signal.SIGKILL)
+    return paid(completions)
+"""
+)
+
+
+@needs_vllm
+def test_with_a_vllm_server_the_reward_rises_and_where_it_dies_the_run_ends_with_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide_config(tmp_path)
+    with ServerProcess(str(tmp_path / "model"), kv_cache_gib=0.05) as server:
+        server.wait_until_healthy(300)
+        engine = {"kind": "vllm_server", "urls": [server.url], "patience_seconds": 1.0}
+        config = write_online_config(tmp_path, engine=engine, **LEARNING)
+        assert run_online("loop", config) == 0
+        assert_learned(tmp_path / "run", 12)
+
+        (tmp_path / "killer.py").write_text(KILLER.replace("GROUP", str(server._process.pid)))
+        run, arguments = beside(tmp_path, "killed")
+        settings = {"rewards": [f"{tmp_path / 'killer.py'}:killer"], "eval_rows": 0}
+        config = write_online_config(tmp_path, engine=engine, **{**LEARNING, **settings})
+        capsys.readouterr()
+        assert run_online("loop", config, *arguments) == 1
+    said = capsys.readouterr().err
+    assert server.url in said
+    newest = run / "checkpoints" / f"step_{len(metrics(run))}"
+    assert newest.name in ("step_2", "step_3")  # it was killed while step 3 sampled or right behind it
+    assert checkpoints.latest(run) == newest
+    assert f"{newest} is whole" in said
