@@ -39,7 +39,7 @@ FULL = [
     Cell("update", "256 x 4", 115, 6, 2, longest=256),
     Cell("update", "512 x 8", 115, 2, 2, longest=256),
     Cell("grpo", "256 x 4", 115, 2, 3),
-    Cell("grpo", "256 x 4", 350, 4, 2),
+    Cell("grpo", "256 x 4", 350, 2, 2),
     Cell("rloo", "256 x 4", 115, 2, 3),
 ]
 MEASUREMENTS = Path(__file__).resolve().parent / "results" / "rl_step.json"

@@ -45,7 +45,8 @@ class Rollout:
     """One episode of one data row (numbered from 1): `pieces` are token ids, `messages` all that was said.
 
     `scores`: what each reward gave (None: no score), the environment's own among them; `reward` is their weighted sum,
-    None where there is none. `opening`: how many of the messages were there before the policy spoke.
+    None where there is none. `opening`: how many of the messages were there before the policy spoke. `extra`: what
+    reward functions noted about it.
     """
 
     row: int
@@ -60,6 +61,7 @@ class Rollout:
     scores: dict[str, float | None] = field(default_factory=dict)
     reward: float | None = None
     seconds: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_sampled(self) -> int:
@@ -99,6 +101,7 @@ class Rollout:
             "policy_versions": sorted({turn.policy_version for turn in self.turns}),
             "prompt": decode(self.pieces[0][: self.turns[0].start]) if self.turns else "",
             "messages": self.messages[self.opening :],
+            **({"extra": self.extra} if self.extra else {}),
         }
 
 

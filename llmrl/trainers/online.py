@@ -59,6 +59,7 @@ class OnlineRun:
         self.session = Session(
             run, self.learner, task.tokenizer, total_steps, task.data.fingerprint, self.evaluate, callbacks
         )
+        task.trainer_state = self.session.state
         self._empty_steps = 0
 
     def __enter__(self) -> Self:
@@ -93,6 +94,8 @@ class OnlineRun:
         asked = len(self.task.data.heldout)
         with self.session.before_updates():
             found = {"heldout": heldout_metrics(self.sampler.heldout(), asked)} if asked else {}
+            if self.task.scorer is not None:
+                self.task.scorer.metrics()  # what was noted just now is no step's
             return found | self._answers()
 
     def _write(self, number: int, groups: Iterable[RolloutGroup]) -> None:
@@ -141,11 +144,8 @@ class OnlineRun:
 
     def record(self, collected: Collected, metrics: dict[str, float]) -> None:
         """Log the step; ends a run in which nothing has been learned for long, with a checkpoint."""
-        scorer = self.task.scorer
-        failures = (
-            {} if scorer is None else {f"rewards/{n}/failures": float(t.failures) for n, t in scorer.tallies.items()}
-        )
-        self.session.record({**rollout_metrics(collected), **failures, **metrics})
+        noted = {} if self.task.scorer is None else self.task.scorer.metrics()
+        self.session.record({**noted, **rollout_metrics(collected), **metrics})
         self._empty_steps = 0 if metrics["updates"] else self._empty_steps + 1
         if self._empty_steps not in (SAID_AFTER_EMPTY, self.config.max_empty_steps):
             return

@@ -65,17 +65,21 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
         }
 
 
-def describe(config: OnlineConfig, algorithm: Preset, world_size: int) -> dict[str, str | int | float]:
-    """The derived batch arithmetic, from the configuration alone."""
+def describe(
+    config: OnlineConfig, algorithm: Preset, world_size: int, trained_per_prompt: int | None = None
+) -> dict[str, str | int | float]:
+    """The derived batch arithmetic, from the configuration alone. `trained_per_prompt`: rollouts of a prompt that are
+    trained on, where they are not all."""
     if config.prompts_per_step < world_size:
         raise RefusedError(
             f"prompts_per_step {config.prompts_per_step} over {world_size} processes leaves some without a prompt; "
             f"set it to at least {world_size}"
         )
     rollouts = config.prompts_per_step * config.samples_per_prompt
-    size = min(config.update_size or rollouts, rollouts)
+    trained = config.prompts_per_step * (trained_per_prompt or config.samples_per_prompt)
+    size = min(config.update_size or trained, trained)
     epochs = config.epochs_per_step or algorithm.epochs
-    updates = epochs * math.ceil(rollouts / size)
+    updates = epochs * math.ceil(trained / size)
     steps = (
         str(config.max_steps)
         if config.max_steps > 0
@@ -86,7 +90,7 @@ def describe(config: OnlineConfig, algorithm: Preset, world_size: int) -> dict[s
         "steps": f"{steps}, each of a rollout phase and up to {updates} optimizer steps",
         "prompts per step": f"{config.prompts_per_step}, about {config.prompts_per_step / world_size:g} a process",
         "rollouts per step": f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples = {rollouts}",
-        "optimizer steps per step": f"{epochs} epochs x {math.ceil(rollouts / size)} updates of {size} rollouts",
+        "optimizer steps per step": f"{epochs} epochs x {math.ceil(trained / size)} updates of {size} rollouts",
         "sampled tokens per step": f"at most {rollouts * config.rollout.max_turns * config.max_completion_length:,}",
         "micro-batches": f"of {config.tokens_per_microbatch} tokens; they never change the gradient",
     }

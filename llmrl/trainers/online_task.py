@@ -38,6 +38,7 @@ class OnlineTask:
         dataset: "Dataset | DatasetDict | None" = None,
     ) -> None:
         self.config, self.algorithm = config, algorithm
+        self.trainer_state: Any = None  # what reward functions get under this name; there is one once training begins
         path = models.resolve(config.model_name_or_path)
         self.tokenizer = load_tokenizer(path)
         check_vocabulary(self.tokenizer, load_config(path))
@@ -103,10 +104,12 @@ class OnlineTask:
             prompts=[rollout.messages[: rollout.opening] for rollout in rollouts],
             completions=[rollout.messages[rollout.opening :] for rollout in rollouts],
             completion_ids=[rollout.sampled_ids for rollout in rollouts],
+            trainer_state=self.trainer_state,
             columns={name: [value] * len(rollouts) for name, value in group.row.items() if name not in RESERVED},
         )
         for i, (rollout, total) in enumerate(zip(rollouts, found.totals_S, strict=True)):
             own = rollout.environment_rewards
+            rollout.extra = {name: values[i] for name, values in found.extra.items()}
             rollout.scores = {**own, **{name: scores[i] for name, scores in found.by_function.items()}}
             if total is not None:
                 rollout.reward = total + self.config.environment_weight * sum(own.values())

@@ -34,8 +34,8 @@ class PFPPOConfig(CriticConfig):
     """Responses to each prompt, among which the filtration chooses."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-7
     """Peak learning rate of AdamW for the language model (the paper's, for all weights of 7B)."""
-    value_learning_rate: Annotated[float, Field(gt=0)] | None = 9e-6
-    """Peak learning rate of the value head."""
+    value_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-4
+    """Peak learning rate of the value head. The paper's 9e-6 is for a whole critic that starts from the policy."""
     filtration: Literal["none", "best", "best_random", "best_worst", "power"] = "best_random"
     """Which responses of a prompt are trained on: the best (BoN), the best and a random other (BR, best in the paper's
     table), the best and the worst (BW), draws with probability |reward|^power over the whole step, or all."""
@@ -69,8 +69,8 @@ def algorithm_of(config: PFPPOConfig) -> Preset:
 
 def describe(config: PFPPOConfig, world_size: int) -> dict[str, str | int | float]:
     """The derived batch arithmetic, from the configuration alone."""
-    lines = online_config.describe(config, algorithm_of(config), world_size)
     kept = {"none": config.samples_per_prompt, "best": 1, "power": config.rows_per_prompt}.get(config.filtration, 2)
+    lines = online_config.describe(config, algorithm_of(config), world_size, kept)
     return {**lines, "trained on": f"{config.filtration}: {kept} of {config.samples_per_prompt} rollouts of a prompt"}
 
 

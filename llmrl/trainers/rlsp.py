@@ -32,8 +32,8 @@ class RLSPConfig(CriticConfig):
     """Rollouts of each prompt."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-7
     """Peak learning rate of AdamW for the language model (the paper's, for all weights of 8B)."""
-    value_learning_rate: Annotated[float, Field(gt=0)] | None = 2e-6
-    """Peak learning rate of the value head."""
+    value_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-4
+    """Peak learning rate of the value head. The paper's 2e-6 is for a whole critic that starts from the policy."""
     form_of_reward: Literal["paper", "code"] = "paper"
     """paper: alpha V + (1 - alpha) Rex; code: V + Rex, -0.5 without a box, characters before it counted."""
     reward_missing: Literal["leave_out", "no_score"] = "no_score"
