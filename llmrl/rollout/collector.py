@@ -13,15 +13,18 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
-from llmrl.envs.protocol import Environment, EnvironmentFactory, StepResult
+from llmrl.envs import returned
+from llmrl.envs.protocol import Environment, EnvironmentFactory
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.rollout.dialogue import Dialogue
 from llmrl.rollout.protocol import Engine, SamplingParams, row_seed
 from llmrl.rollout.rendering import ParseFault, Renderer
 from llmrl.rollout.threads import call
 from llmrl.rollout.trajectory import BROKEN, EndState, Rollout, RolloutGroup, Turn
+
+Checked = TypeVar("Checked")
 
 
 @dataclass(frozen=True)
@@ -282,10 +285,9 @@ class _Episode:
     async def play(self) -> tuple[EndState, str]:
         """To the end; returns how it ended, and what went wrong where something did."""
         try:
-            opening = await self._environment("init")
+            messages, tools = _checked(returned.opening, await self._environment("init"))
         except _BrokenEnvironment as broken:
             return broken.end_state, broken.what
-        messages, tools = opening if isinstance(opening, tuple) else (opening, None)
         self.dialogue = Dialogue(self.collection.collector.renderer, messages, tools)
         self.opening = len(self.dialogue.messages)
         for turn in range(self.limits.max_turns):
@@ -299,14 +301,14 @@ class _Episode:
             if cut and self.limits.max_turns > 1 and self._ends_here(room):
                 return "truncated-length", ""
             try:
-                result = StepResult(*await self._environment("step", message))
+                result = _checked(returned.step_result, await self._environment("step", message))
             except _BrokenEnvironment as broken:
                 return broken.end_state, broken.what
-            self.turns[-1] = replace(self.turns[-1], rewards=dict(result.rewards))
+            self.turns[-1] = replace(self.turns[-1], rewards=result.rewards)
             if result.done:
                 return ("truncated-length" if cut and self.limits.max_turns == 1 else "completed"), ""
             try:
-                extends = self.dialogue.extend(list(result.messages))
+                extends = self.dialogue.extend(result.messages)
             except RefusedError as error:  # it said nothing, or what the chat template refuses
                 return "error-abort", str(error)
             if not extends:
@@ -364,6 +366,14 @@ class _Episode:
         pieces = [] if self.dialogue is None else [piece.token_ids for piece in self.dialogue.pieces()]
         messages = [] if self.dialogue is None else self.dialogue.messages
         return Rollout(row, sample, self.seed, pieces, self.turns, messages, self.opening, end, error, seconds=seconds)
+
+
+def _checked(check: Callable[[Any], Checked], value: Any) -> Checked:
+    """What an environment's method returned, as `check` has it; raises _BrokenEnvironment."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise _BrokenEnvironment("error-abort", str(error)) from error
 
 
 class _BrokenEnvironment(Exception):

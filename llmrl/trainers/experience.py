@@ -10,6 +10,7 @@ Invariants
 - What cannot teach (no advantage, and no other term in the loss) is not computed, but counts in every denominator.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -153,7 +154,9 @@ class Experience:
             if teaching:
                 done.append(learner.update(self._groups(teaching), objective, counts, advance_schedule=False))
             after_update(number, len(batches))
-        learner.advance_schedule()
+        with warnings.catch_warnings():  # a step in which nothing could be learned passes by, too
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            learner.advance_schedule()
         return {**_means(done, learner.learning_rate), "updates": float(len(done))}
 
     def _has_advantage(self, index: int) -> bool:

@@ -1,12 +1,15 @@
 """What an online method asks of its policy, and how that is judged: rows, environment, chat template, rewards."""
 
 import asyncio
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from llmrl import envs, models
 from llmrl.data.prompts import PromptData, prompts_made, prompts_of_dataset
 from llmrl.data.tokenization import check_vocabulary
+from llmrl.envs import returned
 from llmrl.envs.tool_calls import parse_tool_calls
 from llmrl.errors import RefusedError
 from llmrl.learner.loading import load_config, load_tokenizer, max_positions
@@ -72,16 +75,23 @@ class OnlineTask:
 
     def prompt_length(self, row: dict[str, Any]) -> int:
         """Tokens of the row's first prompt, as the environment puts it. Raises RefusedError."""
-        environment = self.kind.make(row, 0)
+        seconds = self.config.rollout.environment_seconds
 
         async def opening() -> Any:
+            environment = self.kind.make(row, 0)
             try:
-                return await call(environment.init, timeout=self.config.rollout.environment_seconds)
+                return await call(environment.init, timeout=seconds)
             finally:
-                await call(environment.close)
+                with suppress(Exception):  # what cannot be closed is counted when there are rollouts
+                    await call(environment.close, timeout=seconds)
 
-        found = asyncio.run(opening())
-        messages, tools = found if isinstance(found, tuple) else (found, None)
+        try:
+            messages, tools = returned.opening(asyncio.run(opening()))
+        except RefusedError:
+            raise
+        except Exception as error:
+            what = f"init() took longer than {seconds:g} s" if isinstance(error, TimeoutError) else _said(error)
+            raise RefusedError(f"the environment {self.config.environment} does not begin: {what}") from error
         return len(Dialogue(self.renderer, messages, tools).prompt_ids)
 
     def limits(self) -> Limits:
@@ -126,6 +136,11 @@ class OnlineTask:
         """End the reward functions' processes."""
         if self.scorer is not None:
             self.scorer.close()
+
+
+def _said(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
 
 def _longest(config: OnlineConfig, positions: int | None) -> int | None:
