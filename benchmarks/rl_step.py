@@ -162,11 +162,12 @@ def report(results: list[tuple[Cell, Measurements]]) -> str:
 
 TOOLKIT_NAMES = ["llmrl", "TRL", "TRL, rows selected"]
 EXPLANATION = """\
-Random Llamas with {vocabularies} tokens, named by hidden units x layers, all weights trained in float32; prompts x 8
-samples in one optimizer step. Seconds are those of a step once warm (all but the first); memory is the peak above the
-loaded model over all steps. *TRL* is as installed with the settings of a CPU user: `use_cpu`, no gradient checkpointing
-(its default, which saves memory for about a third more time, is off), a micro-batch for each prompt; *TRL, rows
-selected* is the same with the row selection of its fused head forced on, which it otherwise has on GPUs only."""
+Random Llamas with a vocabulary of {vocabularies}, named by hidden units x layers, all weights trained in float32;
+prompts x 8 samples in one optimizer step. Seconds are those of a step once warm (all but the first); memory is the peak
+above the loaded model over all steps. *TRL* is as installed with the settings of a CPU user: `use_cpu`, no gradient
+checkpointing (its default, which saves memory for about a third more time, is off), a micro-batch for each prompt;
+*TRL, rows selected* is the same with the row selection of its fused head forced on, which it otherwise has on GPUs
+only."""
 UPDATES = """\
 The same rollouts (log-normal lengths, mean 54) with the same advantages: forward, backward, optimizer step and metrics.
 Losses and gradient norms agree as the last column says. The *token bound* is the slots that TRL computes over the
