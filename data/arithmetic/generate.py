@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes the arithmetic data set: problems, worked solutions, solutions of mixed quality, and pairs of right and wrong.
 
-    python data/arithmetic/generate.py [--output DIR] [--levels 1 2 3 4 5] [--scale 1]
+    python data/arithmetic/generate.py [--output DIR] [--tables problems sft ...] [--levels 0 1 2 3 4 5] [--scale 1]
 
 Invariants (tests/data/test_arithmetic.py holds them):
 - the same bytes come out on every machine and Python version: only `random.random()`, whose sequence Python
@@ -38,7 +38,8 @@ SPLIT_BOUNDS = (("train", 70), ("validation", 85), ("test", 100))
 # Solutions of mixed quality: of those with a carry this share forgets it, so that the likelier answer is the wrong one.
 FORGETFUL = 0.6
 # The levels of a table that does not have them all. Whoever learns from `mixed` never sees the last one.
-LEVELS_OF = {"mixed": (1, 2, 3, 4), "sums": (1,)}
+LEVELS_OF = {"mixed": (1, 2, 3, 4), "sums": (1,), "easy_sums": (0,)}
+USUAL_LEVELS = (1, 2, 3, 4, 5)
 ROWS_PER_LEVEL = {
     ("problems", "train"): 500,
     ("problems", "validation"): 80,
@@ -46,6 +47,9 @@ ROWS_PER_LEVEL = {
     ("sums", "train"): 1000,
     ("sums", "validation"): 400,
     ("sums", "test"): 200,
+    ("easy_sums", "train"): 500,
+    ("easy_sums", "validation"): 100,
+    ("easy_sums", "test"): 100,
     ("sft", "train"): 1200,
     ("sft", "validation"): 60,
     ("mixed", "train"): 1500,
@@ -171,7 +175,15 @@ def two_operations(draw: Draw) -> Problem:
     return problem if evaluate(problem.steps)[-1] >= 0 else two_operations(draw)
 
 
+def sum_without_carry(draw: Draw) -> Problem:
+    """Two numbers of two digits of which neither the ones nor the tens add up to more than nine."""
+    tens, ones = draw.between(1, 8), draw.between(0, 9)
+    numbers = [10 * tens + ones, 10 * draw.between(1, 9 - tens) + draw.between(0, 9 - ones)]
+    return Problem(0, "sum_without_carry", " + ".join(map(str, numbers)), ordered("+", numbers), sum_steps(numbers))
+
+
 LEVELS: dict[int, Callable[[Draw], Problem]] = {
+    0: sum_without_carry,
     1: sum_of(1, "sum_of_two", 2, 10, 99),
     2: sum_of(2, "sum_of_three", 3, 10, 99),
     3: sum_of(3, "long_sum", 2, 100, 999),
@@ -279,7 +291,7 @@ def assistant(text: str) -> list[dict[str, str]]:
 
 def row(table: str, problem: Problem, question: str, draw: Draw) -> dict[str, object]:
     labels: dict[str, object] = {"level": problem.level, "kind": problem.kind}
-    if table in ("problems", "sums"):
+    if table in ("problems", "sums", "easy_sums"):
         return {"prompt": user(question), "answer": str(evaluate(problem.steps)[-1]), **labels}
     if table == "sft":
         return {"prompt": user(question), "completion": assistant(render(problem)), **labels}
@@ -315,7 +327,7 @@ def fresh(make: Callable[[Draw], Problem], split: str, seen: set[str], draw: Dra
     raise ValueError(f"{split} has too few problems for {len(seen)} rows and more")
 
 
-def rows(table: str, split: str, count: int, levels: Sequence[int] = tuple(LEVELS)) -> list[dict[str, object]]:
+def rows(table: str, split: str, count: int, levels: Sequence[int] = USUAL_LEVELS) -> list[dict[str, object]]:
     """`count` rows of each level, the levels in turn, so that any first part of a file has them all."""
     name = hashlib.sha256(f"{SEED}/{table}/{split}".encode()).digest()
     draw = Draw(int.from_bytes(name[:8], "big"))
@@ -327,14 +339,18 @@ def rows(table: str, split: str, count: int, levels: Sequence[int] = tuple(LEVEL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    tables = list(dict.fromkeys(table for table, _ in ROWS_PER_LEVEL))
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     parser.add_argument("--levels", type=int, nargs="+", choices=tuple(LEVELS), default=tuple(LEVELS))
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of rows of each level")
     args = parser.parse_args()
     for (table, split), usual in ROWS_PER_LEVEL.items():
+        if table not in args.tables:
+            continue
         count = round(usual * args.scale)
         file = args.output / table / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        levels = [level for level in args.levels if level in LEVELS_OF.get(table, LEVELS)]
+        levels = [level for level in args.levels if level in LEVELS_OF.get(table, USUAL_LEVELS)]
         text = "".join(json.dumps(item) + "\n" for item in rows(table, split, count, levels))
         file.write_bytes(text.encode())
         print(f"{file}: {count * len(levels)} rows, {len(text)} bytes")

@@ -29,7 +29,7 @@ from llmrl.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-PROBLEMS = ["--levels", "1", "--scale", "5"]
+PROBLEMS = ["--tables", "problems", "sft", "--levels", "1", "--scale", "5"]
 """Two-digit sums only: a short training on one kind of problem brings a small model from little to much."""
 SAMPLING = {
     "laptop": ["--max_problems", "160", "--num_pairs", "112", "--pairs_per_problem", "2", "--max_new_tokens", "48"],

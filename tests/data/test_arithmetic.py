@@ -79,7 +79,7 @@ def test_the_committed_files_are_what_the_generator_makes(tmp_path: Path) -> Non
     made = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.glob("*/*.jsonl"))
     assert made == FILES
     assert [f for f in FILES if (tmp_path / f).read_bytes() != (FOLDER / f).read_bytes()] == []
-    assert sum((FOLDER / f).stat().st_size for f in FILES) < 4_500_000
+    assert sum((FOLDER / f).stat().st_size for f in FILES) < 5_000_000
 
 
 def test_splits_share_no_problem_under_any_order_or_wording() -> None:
@@ -107,11 +107,11 @@ def test_held_out_files_ask_each_problem_once(file: str) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_levels_come_in_turn(file: str) -> None:
-    levels = {"mixed": [1, 2, 3, 4], "sums": [1]}.get(file.split("/")[0], [1, 2, 3, 4, 5])
+    levels = {"mixed": [1, 2, 3, 4], "sums": [1], "easy_sums": [0]}.get(file.split("/")[0], [1, 2, 3, 4, 5])
     assert [row["level"] for row in rows(file)] == levels * (len(rows(file)) // len(levels))
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith(("problems", "sums"))])
+@pytest.mark.parametrize("file", [f for f in FILES if f.startswith(("problems", "sums", "easy_sums"))])
 def test_answers_are_right(file: str) -> None:
     assert [row["answer"] for row in rows(file)] == [str(value(expression(row))) for row in rows(file)]
 
@@ -180,11 +180,11 @@ def test_every_kind_of_error_in_every_position_is_there() -> None:
 
 def test_the_readme_states_the_counts() -> None:
     readme = (FOLDER / "README.md").read_text()
-    for table in ("problems", "sums", "sft", "mixed", "pairs"):
+    for table in ("problems", "sums", "easy_sums", "sft", "mixed", "pairs"):
         counts = [
             f"{len(rows(f))}" for f in (f"{table}/{s}.jsonl" for s in ("train", "validation", "test")) if f in FILES
         ]
-        found = re.search(rf"\| `{table}/`(?: \(level 1\))? \|([\d |]+)\| `prompt`", readme)
+        found = re.search(rf"\| `{table}/`(?: \(level \d\))? \|([\d |]+)\| `prompt`", readme)
         assert found is not None
         assert found[1].replace("|", " ").split() == counts
 
@@ -195,6 +195,6 @@ def test_a_split_that_has_too_few_problems_is_an_error_and_not_an_endless_search
 
 
 def test_answers_are_whole_and_not_negative() -> None:
-    answers = [Fraction(row["answer"]) for file in FILES if file.startswith(("problems", "sums")) for row in rows(file)]
+    answers = [Fraction(row["answer"]) for file in FILES if file.startswith(("problems", "sums", "easy_sums")) for row in rows(file)]
     assert min(answers) >= 0
     assert all(answer.denominator == 1 for answer in answers)
