@@ -244,6 +244,16 @@ def test_where_one_process_fails_all_end_with_its_reason_and_a_checkpoint(tmp_pa
     assert checkpoints.latest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_2"
 
 
+def test_where_the_first_process_finds_no_server_none_waits_for_it(tmp_path: Path) -> None:
+    """Only the first asks servers; the others would meet it again at the weights."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    config = write_online_config(tmp_path, engine={"kind": "vllm_server", "urls": [url], "patience_seconds": 0.2})
+    assert two_ranks(config) == [1, 1]
+    assert url in json.loads((tmp_path / "run" / "summary.json").read_text())["reason"]
+
+
 def test_zero3_refuses_the_engine_that_needs_the_whole_model(tmp_path: Path) -> None:
     zero3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     assert two_ranks(write_online_config(tmp_path), **zero3) == [2, 2]
