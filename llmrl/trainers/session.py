@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
-from llmrl.errors import RunFailedError, RunInterruptedError
+from llmrl.errors import RefusedError, RunFailedError, RunInterruptedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.sharding import max_over_ranks
 from llmrl.runs import Run, checkpoints
@@ -89,12 +89,14 @@ class Session:
     @contextmanager
     def before_updates(self) -> Iterator[None]:
         """Around what a step does before it changes any weight, such as sampling: where that fails or is interrupted,
-        a checkpoint of the steps done so far is left."""
+        a checkpoint of the steps done so far is left. What is refused after the first step is a failure."""
         try:
             yield
-        except (RunFailedError, RunInterruptedError):
+        except Exception as error:
             if self.state.global_step > 0:
                 self._save(self.state.global_step)
+                if isinstance(error, RefusedError):
+                    raise RunFailedError(str(error)) from error
             raise
 
     def finish(self) -> None:

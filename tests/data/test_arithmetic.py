@@ -195,6 +195,7 @@ def test_a_split_that_has_too_few_problems_is_an_error_and_not_an_endless_search
 
 
 def test_answers_are_whole_and_not_negative() -> None:
-    answers = [Fraction(row["answer"]) for file in FILES if file.startswith(("problems", "sums", "easy_sums")) for row in rows(file)]
+    tables = ("problems", "sums", "easy_sums")
+    answers = [Fraction(row["answer"]) for file in FILES if file.startswith(tables) for row in rows(file)]
     assert min(answers) >= 0
     assert all(answer.denominator == 1 for answer in answers)

@@ -19,7 +19,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the report takes longer than a short run's training."""
+    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("method", SETTINGS)
 def test_held_out_reward_rises_over_three_seeds(tmp_path: Path, method: str) -> None:
     """A random model says a paid word in 6 of 23 tokens, or the same word for ever: there is all to be learned."""
@@ -27,7 +34,7 @@ def test_held_out_reward_rises_over_three_seeds(tmp_path: Path, method: str) -> 
     for seed in SEEDS:
         folder = tmp_path / f"run{seed}"
         config = write_online_config(
-            tmp_path, output_dir=str(folder), seed=seed, max_steps=30, eval_rows=6, **SETTINGS[method]
+            tmp_path, output_dir=str(folder), seed=seed, max_steps=24, eval_rows=6, **SETTINGS[method]
         )
         assert run_online(method, config) == 0
         before, *_, after = (entry["metrics"]["paid" if method != "rlsp" else "reward"] for entry in evals(folder))
@@ -38,6 +45,7 @@ def test_held_out_reward_rises_over_three_seeds(tmp_path: Path, method: str) -> 
     assert mean > 4.3 * spread / math.sqrt(len(gains)), gains  # Student's t, 2 degrees of freedom, 97.5%
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(
     "algorithm",
     ["loop", "loop_code", "loop_turn", "loop_trajectory", "rloo", "reinforce", "grpo", "dr_grpo", "gspo", "cispo",
@@ -75,6 +83,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, method: str) -> None:
     assert {"row", "sample", "reward", "scores", "end_state", "prompt", "messages", "policy_versions"} <= record.keys()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_sampler_is_never_stale(tmp_path: Path) -> None:
     """The learner's log-probabilities of what was sampled are the sampler's, step after step."""
     config = write_online_config(tmp_path, max_steps=5, learning_rate=3e-3, epochs_per_step=2, rollouts_per_update=4)
