@@ -24,9 +24,11 @@ class EngineKeys(Keys):
     allow_remote: Annotated[bool, Housekeeping()] = False
     """Let `urls` name other machines: their control endpoints are open to whoever reaches them."""
     weights_dir: Annotated[str | None, Housekeeping()] = None
-    """Folder through which vllm_server's servers get new weights, readable by them; null = inside output_dir."""
+    """Folder through which vllm_server's servers get new weights, readable by them; null = a temporary one."""
     patience_seconds: Annotated[float, Field(gt=0), Housekeeping()] = 300.0
     """How long a server that does not answer is tried again before the run stops with a checkpoint."""
+    request_seconds: Annotated[float, Field(gt=0), Housekeeping()] = 600.0
+    """The longest that one completion of a vllm_server, or its loading of weights, may take."""
     lora: Literal["auto", "merged", "adapter"] = "auto"
     """How a LoRA adapter reaches a vLLM engine: merged into the weights or on its own; auto: merged on a CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1), Housekeeping()] = 0.4

@@ -60,11 +60,13 @@ def prompts_of_dataset(
     room: int | None,
     say: Callable[[str], None],
     dataset: Dataset | DatasetDict | None = None,
+    tried: int | None = None,
 ) -> PromptData:
     """The rows of a data set. `length_of(row)` is the prompt's length in tokens, and raises RefusedError for a row that
-    is none; a longer one than `room` is dropped or refused, as `overlong_prompts` says."""
+    is none; a longer one than `room` is dropped or refused, as `overlong_prompts` says. `tried`: only so many rows are
+    measured, where that is expensive."""
     train, heldout = train_and_heldout(keys, say, dataset)  # type: ignore[arg-type]  # dataset_name is given here
-    kept = [_fitting(rows, keys, length_of, room, say) for rows in (train, heldout) if rows is not None]
+    kept = [_fitting(rows, keys, length_of, room, say, tried) for rows in (train, heldout) if rows is not None]
     evaluated = kept[1][: keys.eval_rows] if len(kept) > 1 else []
     if not kept[0]:
         raise RefusedError(f"{train.where}: no prompt leaves room for an answer, so there is nothing to train on")
@@ -80,10 +82,18 @@ def prompts_made(train: Sequence[Row], heldout: Sequence[Row], say: Callable[[st
 
 
 def _fitting(
-    rows: Rows, keys: PromptKeys, length_of: Callable[[Row], int], room: int | None, say: Callable[[str], None]
+    rows: Rows,
+    keys: PromptKeys,
+    length_of: Callable[[Row], int],
+    room: int | None,
+    say: Callable[[str], None],
+    tried: int | None,
 ) -> list[Prompt]:
     kept, faults, dropped = [], {}, 0
-    for number, row in zip(rows.numbers, _iterate(rows.table), strict=True):
+    for place, (number, row) in enumerate(zip(rows.numbers, _iterate(rows.table), strict=True)):
+        if tried is not None and place >= tried:
+            kept.append(Prompt(number, row))
+            continue
         try:
             length = length_of(row)
         except RefusedError as error:

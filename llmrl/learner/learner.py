@@ -4,6 +4,7 @@ Every rank is handed the same groups and takes its own share, balanced by tokens
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,11 @@ class Learner:
         self.scheduler = get_scheduler(
             options.lr_scheduler_type, self.optimizer, options.warmup_steps, max(options.total_steps, 1)
         )
-        self.backend = sharding.build_backend(self.accelerator, self.policy, self.optimizer, options.max_grad_norm)
+        # A head whose loss does not reach the language model must not shorten its gradient either.
+        apart = self.policy.value_head if not options.value_gradient else None
+        self.backend = sharding.build_backend(
+            self.accelerator, self.policy, self.optimizer, options.max_grad_norm, apart
+        )
         # The scheduler is not prepared: accelerate would step it once per rank.
         state.register(self.accelerator, self.policy, self.scheduler)
         if self.frozen is not None:
@@ -191,12 +196,14 @@ class Learner:
         counts: Totals | None = None,
         *,
         advance_schedule: bool = True,
+        language: bool = True,
     ) -> dict[str, float]:
         """One optimizer step on `groups` (all ranks' together); returns the means of the objective's metrics, and
         `loss`, `grad_norm`, `learning_rate`, `num_tokens`, `num_computed_tokens` of this step.
 
         `counts`: the denominators, where more belongs to the step than is computed (sequences without a gradient).
         `advance_schedule`: the learning rate moves on with it; otherwise call `advance_schedule()` in its time.
+        `language`: False leaves the language model as it is and updates the value head alone.
 
         Raises RunFailedError if the loss or the gradient is not finite, more often in a row than `most_skipped`: until
         then the weights stay, `grad_norm` is NaN and `skipped_updates` 1. A gradient that float16's loss scale has
@@ -222,7 +229,8 @@ class Learner:
                         loss = self._dummy_loss(makes_reference)
                     self.backend.backward(loss, is_last)
         learning_rate = self.learning_rate
-        grad_norm = self.backend.apply()
+        with self._only_value_head() if not language else nullcontext():
+            grad_norm = self.backend.apply()
         metrics = self._means(sums)
         applied = self._applied(metrics["loss"], grad_norm)
         if applied and advance_schedule:
@@ -237,6 +245,20 @@ class Learner:
             "num_tokens": float(sum(len(s.token_ids) for g in groups for s in g)),
             "num_computed_tokens": float(sum(sizes)),
         }
+
+    @contextmanager
+    def _only_value_head(self) -> Iterator[None]:
+        """The language model's learning rate is 0, with which AdamW neither moves nor decays it."""
+        head = {id(p) for p in self.policy.value_head.parameters()} if self.policy.value_head is not None else set()
+        groups = [g for g in self.optimizer.param_groups if not any(id(p) in head for p in g["params"])]
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
 
     def advance_schedule(self) -> None:
         """The learning rate of the next step of the schedule."""

@@ -87,9 +87,15 @@ class PlainBackend:
     skips_nonfinite = True
 
     def __init__(
-        self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+        self,
+        accelerator: Accelerator,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        apart: nn.Module | None = None,
     ) -> None:
         self.accelerator, self.max_grad_norm, self.overflowed = accelerator, max_grad_norm, False
+        self.apart = [] if apart is None else list(apart.parameters())
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise RefusedError(
@@ -107,7 +113,10 @@ class PlainBackend:
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def apply(self) -> float:
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm or float("inf"))
+        apart, most = {id(p) for p in self.apart}, self.max_grad_norm or float("inf")
+        norm = self.accelerator.clip_grad_norm_([p for p in self.model.parameters() if id(p) not in apart], most)
+        if self.apart:
+            norm = norm + 0 * nn.utils.clip_grad_norm_(self.apart, most)  # not finite if either is not
         scaler = self.accelerator.scaler
         scale = None if scaler is None else scaler.get_scale()
         if scale is not None or torch.isfinite(norm):  # a loss scaler leaves the step out itself, and must hear of it
@@ -153,11 +162,17 @@ class DeepSpeedBackend:
 
 
 def build_backend(
-    accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    accelerator: Accelerator,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    apart: nn.Module | None = None,
 ) -> Backend:
-    """The backend for what was launched."""
-    kind = DeepSpeedBackend if accelerator.distributed_type == DistributedType.DEEPSPEED else PlainBackend
-    return kind(accelerator, policy, optimizer, max_grad_norm)
+    """The backend for what was launched. `apart`: a part of the policy whose gradient is clipped on its own (DeepSpeed
+    clips all together)."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return DeepSpeedBackend(accelerator, policy, optimizer, max_grad_norm)
+    return PlainBackend(accelerator, policy, optimizer, max_grad_norm, apart)
 
 
 def zero_stage(accelerator: Accelerator) -> int:

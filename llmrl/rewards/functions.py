@@ -69,10 +69,17 @@ def correct_number(*, column: Column = "answer", first_box: bool = False, requir
     return RewardFunction(reward, needs=((column,),), bounded=True)
 
 
-def accuracy(*, column: Column | None = None, first_box: bool = False, pool: ChildPool | None = None) -> RewardFunction:
+def accuracy(
+    *,
+    column: Column | None = None,
+    first_box: bool = False,
+    require_box: bool = False,
+    pool: ChildPool | None = None,
+) -> RewardFunction:
     """1.0 where the completion's answer is mathematically equal to that of `column` (`answer` or else `solution`).
 
     What counts as the answer of a text is `texts.final_answer`, for the right one too; equality is math-verify's.
+    `first_box`: the first box is graded and not the last. `require_box`: without a box, 0.0.
     """
     pool = pool or ChildPool()
     names = (column,) if column else GOLD_COLUMNS
@@ -82,7 +89,8 @@ def accuracy(*, column: Column | None = None, first_box: bool = False, pool: Chi
         texts = texts_of(completions)
         if first_box:
             texts = [up_to_first_box(text) for text in texts]
-        return await verified_all(pool, golds, texts)
+        scores = await verified_all(pool, golds, texts)
+        return [0.0 if require_box and not boxes(text) else score for text, score in zip(texts, scores, strict=True)]
 
     return RewardFunction(reward, needs=(names,), bounded=True)
 

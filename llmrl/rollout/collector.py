@@ -165,6 +165,9 @@ class _Collection:
             running = {task for task in running if not task.done()}
             if running and self.policy.early_stop < 1 and self._enough(total):
                 self._count("given_up", len(running))
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
                 return
 
     async def _until_scored(self, reporting: asyncio.Task[None]) -> None:

@@ -105,7 +105,7 @@ class Dialogue:
     def _message(self, text: str) -> Message | ParseFault:
         if self._plain:
             return _answer(text)
-        message = self.renderer.message(text, self._text)
+        message = self.renderer.message(text, self._text, bool(self.tools))
         if isinstance(message, ParseFault):
             return message
         try:

@@ -35,10 +35,11 @@ Parse = Callable[[str], "tuple[str, list[ToolCall]] | Message | ParseFault"]
 class Renderer:
     """A tokenizer with its chat template: one per run, shared by all rollouts.
 
-    template_kwargs: the template's own arguments (`enable_thinking`, ...). parse: reads tool calls out of text, where
-    the environments offer tools. history: what happens where the template writes an earlier turn of the policy
-    otherwise than the policy said it (thoughts stripped, blanks trimmed, tool calls written anew). `as_template` obeys
-    it: the policy is trained on the prompts that it will meet in use. `keep` leaves the turn as it was said.
+    template_kwargs: the template's own arguments (`enable_thinking`, ...). parse: reads tool calls out of text;
+    `parse_without_tools` False: only where the environment offers tools. history: what happens where the template
+    writes an earlier turn of the policy otherwise than the policy said it (thoughts stripped, blanks trimmed, tool
+    calls written anew). `as_template` obeys it: the policy is trained on the prompts that it will meet in use. `keep`
+    leaves the turn as it was said.
 
     `delimited`: a special token follows the policy's text in a dialogue, so that ids kept and text added never differ
     from the template's text tokenised in one. False too where the template refuses the probe.
@@ -50,6 +51,7 @@ class Renderer:
         *,
         template_kwargs: dict[str, Any] | None = None,
         parse: Parse | None = None,
+        parse_without_tools: bool = True,
         history: History = "as_template",
     ) -> None:
         if history not in get_args(History):
@@ -57,6 +59,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
         self.parse = parse
+        self.parse_without_tools = parse_without_tools
         self.history = history
         self.has_template = bool(tokenizer.chat_template)
         self.knows_reasoning = self.has_template and REASONING in str(tokenizer.chat_template)
@@ -143,10 +146,11 @@ class Renderer:
         joined = self.decode([*context, *ids])
         return (joined[len(head) :] if joined.startswith(head) else alone), alone
 
-    def message(self, text: str, prompt: str) -> Message | ParseFault:
-        """The assistant's message from what it said after `prompt`."""
+    def message(self, text: str, prompt: str, with_tools: bool = False) -> Message | ParseFault:
+        """The assistant's message from what it said after `prompt`; `with_tools`: it was offered some."""
         thoughts, content = self._divided(text, prompt.rstrip().endswith(THINK))
-        parsed = self.parse(content) if self.parse else (content, [])
+        parses = self.parse is not None and (with_tools or self.parse_without_tools)
+        parsed = self.parse(content) if parses and self.parse else (content, [])
         if isinstance(parsed, ParseFault):
             return parsed
         if isinstance(parsed, tuple):

@@ -45,8 +45,8 @@ class Rollout:
     """One episode of one data row (numbered from 1): `pieces` are token ids, `messages` all that was said.
 
     `scores`: what each reward gave (None: no score), the environment's own among them; `reward` is their weighted sum,
-    None where there is none. `opening`: how many of the messages were there before the policy spoke. `extra`: what
-    reward functions noted about it.
+    None where there is none. `penalty`: what the algorithm adds to it, such as a punishment of length. `opening`: how
+    many of the messages were there before the policy spoke. `extra`: what reward functions noted about it.
     """
 
     row: int
@@ -60,6 +60,7 @@ class Rollout:
     error: str = ""
     scores: dict[str, float | None] = field(default_factory=dict)
     reward: float | None = None
+    penalty: float = 0.0
     seconds: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -94,6 +95,7 @@ class Rollout:
             "sample": self.sample,
             "reward": self.reward,
             "scores": self.scores,
+            **({"penalty": self.penalty} if self.penalty else {}),
             "end_state": self.end_state,
             **({"error": self.error} if self.error else {}),
             "num_turns": len(self.turns),

@@ -150,6 +150,11 @@ class RequestRefusedError(RunFailedError):
     def __init__(self, status: int, address: str, what: str, message: str) -> None:
         super().__init__(f"{address} refused to {what} (HTTP {status}): {message}")
         self.status, self.message = status, message
+        self._arguments = (status, address, what, message)
+
+    def __reduce__(self) -> tuple[type["RequestRefusedError"], tuple[int, str, str, str]]:
+        """Ranks send it to one another."""
+        return RequestRefusedError, self._arguments
 
 
 class NoAnswerError(Exception):

@@ -36,6 +36,10 @@ def build_engine(
         return HuggingFaceEngine(learner.causal_lm, tokenizer, keys.max_rows, keys.max_cache_tokens)
     model, adapter = base_of(models.resolve(config.model_name_or_path)), adapter_alone(config, learner)
     if keys.kind == "vllm":
+        if torch.cuda.is_available() and learner.accelerator.num_processes > 1:
+            raise RefusedError(
+                "engine.kind vllm takes the first GPU, whichever rank asks, so it is for one process; use vllm_server"
+            )
         from llmrl.rollout.vllm_local import VLLMEngine, VLLMOptions
 
         options = VLLMOptions(
@@ -50,6 +54,7 @@ def build_engine(
 
     servers = ServerOptions(
         patience_seconds=keys.patience_seconds,
+        request_seconds=keys.request_seconds,
         max_concurrent=config.rollout.concurrent,
         folder=Path(keys.weights_dir) if keys.weights_dir else None,
         allow_remote=keys.allow_remote,

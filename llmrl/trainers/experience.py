@@ -11,7 +11,7 @@ Invariants
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,7 +44,7 @@ class Experience:
 
     def __init__(self, groups: Sequence[RolloutGroup]) -> None:
         self.samples = [
-            Sample(pieces, float(rollout.reward), number)
+            Sample(pieces, float(rollout.reward) + rollout.penalty, number)
             for number, group in enumerate(groups)
             for rollout in group.rollouts
             if rollout.reward is not None and (pieces := token_sequences(rollout, {"reward": rollout.reward}))
@@ -139,21 +139,22 @@ class Experience:
         rollouts_per_update: int | None,
         seed: int,
         skip_idle: bool,
-        after_update: Callable[[int, int], None] = lambda done, total: None,
+        language: bool = True,
     ) -> dict[str, float]:
         """All optimizer steps of one step of the method; returns the means of their metrics.
 
         Every epoch goes through all rollouts once, in an order drawn from `seed`, `rollouts_per_update` at a time
         (None: all). `skip_idle`: rollouts without an advantage add nothing to the gradient and are not computed.
+        `language` False trains the value head alone.
         """
         batches = self._minibatches(epochs, rollouts_per_update, seed)
         done: list[dict[str, float]] = []
-        for number, indices in enumerate(batches, 1):
+        for indices in batches:
             counts = totals(self._groups(indices))
             teaching = [i for i in indices if not skip_idle or self._has_advantage(i)]
             if teaching:
-                done.append(learner.update(self._groups(teaching), objective, counts, advance_schedule=False))
-            after_update(number, len(batches))
+                groups = self._groups(teaching)
+                done.append(learner.update(groups, objective, counts, advance_schedule=False, language=language))
         with warnings.catch_warnings():  # a step in which nothing could be learned passes by, too
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             learner.advance_schedule()

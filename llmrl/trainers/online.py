@@ -78,7 +78,7 @@ class OnlineRun:
         """
         with self.session.before_updates():
             collected = self.sampler.rollouts(step, last=step + 1 == self.session.total_steps)
-        self._write(step + 1, collected.groups)
+            self._write(step + 1, collected.groups)
         return collected
 
     def weigh(self, weights: dict[str, float]) -> None:
@@ -108,7 +108,8 @@ class OnlineRun:
         with open(temporary, "w", encoding="utf-8") as out:
             for group in groups:
                 for rollout in group.rollouts:
-                    out.write(json.dumps(rollout.record(self.task.tokenizer.decode), ensure_ascii=False) + "\n")
+                    record = rollout.record(self.task.tokenizer.decode)
+                    out.write(json.dumps(record, default=str) + "\n")
         temporary.replace(file)
 
     # -- learning ------------------------------------------------------------------------------------------------
@@ -128,16 +129,19 @@ class OnlineRun:
             )
         return experience
 
-    def improve(self, experience: Experience, step: int, objective: Objective | None = None) -> dict[str, float]:
-        """The optimizer steps of one step, through the method's objective or another; the means of their metrics."""
-        more = self.algorithm.kl == "loss" or self.config.entropy_coef > 0 or self.algorithm.needs_critic
+    def improve(self, experience: Experience, step: int, critic_alone: Objective | None = None) -> dict[str, float]:
+        """The optimizer steps of one step; the means of their metrics. `critic_alone`: through this objective, and the
+        language model stays as it is."""
+        kl_in_loss = self.algorithm.kl == "loss" and self.algorithm.needs_reference
+        more = kl_in_loss or self.config.entropy_coef > 0 or self.algorithm.needs_critic
         metrics = experience.train(
             self.learner,
-            objective or self.objective,
+            critic_alone or self.objective,
             epochs=self.algorithm.epochs,
             rollouts_per_update=self.config.update_size,
             seed=row_seed(self.config.seed, step, 0),
             skip_idle=not more,
+            language=critic_alone is None,
         )
         self.sampler.policy_changed()
         return metrics
@@ -146,14 +150,12 @@ class OnlineRun:
         """Log the step; ends a run in which nothing has been learned for long, with a checkpoint."""
         noted = {} if self.task.scorer is None else self.task.scorer.metrics()
         self.session.record({**noted, **rollout_metrics(collected), **metrics})
-        self._empty_steps = 0 if metrics["updates"] else self._empty_steps + 1
+        self._empty_steps = 0 if tells_apart(collected.groups) else self._empty_steps + 1
         if self._empty_steps not in (SAID_AFTER_EMPTY, self.config.max_empty_steps):
             return
         mean = mean_reward(collected.groups)
-        cause = (
-            "no rollout has a reward" if math.isnan(mean) else f"a prompt's rollouts are equally good (mean {mean:.4g})"
-        )
-        said = f"nothing was learned in {self._empty_steps} steps in a row: {cause}"
+        cause = "no rollout has a reward" if math.isnan(mean) else f"all rollouts are equally good (mean {mean:.4g})"
+        said = f"nothing could be learned in {self._empty_steps} steps in a row: {cause}"
         self.run.note(said)
         if self._empty_steps == self.config.max_empty_steps:
             with self.session.before_updates():
@@ -161,6 +163,14 @@ class OnlineRun:
                     f"{said}. Choose easier or harder prompts, a reward with more grades, more samples_per_prompt, or "
                     "a higher temperature"
                 )
+
+
+def tells_apart(groups: Sequence[RolloutGroup]) -> bool:
+    """Whether a step's rewards prefer any rollout: to others of its prompt, or of the step where there are none."""
+    alone = all(len(group.rollouts) < 2 for group in groups)
+    rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
+    compared = [[reward for one in rewards for reward in one]] if alone else rewards
+    return any(len(set(each)) > 1 for each in compared)
 
 
 def online_learner(

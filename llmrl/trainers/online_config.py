@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from llmrl.config import Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
 from llmrl.config.online import OnlineKeys, PolicyGradientKeys
 from llmrl.errors import RefusedError
-from llmrl.objectives.presets import Preset
+from llmrl.objectives.presets import Place, Preset
 from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
 
 
@@ -24,7 +24,7 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
 
     @model_validator(mode="after")
     def _rewarded(self) -> Self:
-        if self.environment == "question_answer" and not self.rewards:
+        if self.environment == "question_answer" and not self.reward_keys().rewards:
             raise ValueError(
                 "environment question_answer has no rewards of its own: name reward functions in `rewards`"
             )
@@ -41,10 +41,14 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
         """Rollouts in one optimizer step; None: all of a step's."""
         return self.rollouts_per_update
 
+    def reward_keys(self) -> RewardKeys:
+        """What the reward functions are built from."""
+        return self
+
     def over(self, algorithm: Preset) -> Preset:
         """The algorithm with what was configured over its published values."""
         if self.beta is not None:
-            place = algorithm.kl if algorithm.kl != "none" or self.beta == 0 else "loss"
+            place: Place = "none" if self.beta == 0 else algorithm.kl if algorithm.kl != "none" else "loss"
             algorithm = dataclasses.replace(algorithm, kl=place, beta=self.beta)
         return dataclasses.replace(algorithm, epochs=self.epochs_per_step or algorithm.epochs)
 

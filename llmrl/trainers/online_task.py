@@ -14,11 +14,11 @@ from llmrl.envs.tool_calls import parse_tool_calls
 from llmrl.errors import RefusedError
 from llmrl.learner.loading import load_config, load_tokenizer, max_positions
 from llmrl.objectives.presets import Preset
-from llmrl.rewards.scoring import Scorer
+from llmrl.rewards.scoring import Scorer, Scores
 from llmrl.rewards.shaping import soft_overlong
 from llmrl.rollout.collector import Limits
 from llmrl.rollout.dialogue import Dialogue
-from llmrl.rollout.rendering import Renderer
+from llmrl.rollout.rendering import REASONING, Renderer
 from llmrl.rollout.threads import call
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.trainers.online_config import OnlineConfig
@@ -26,6 +26,8 @@ from llmrl.trainers.online_config import OnlineConfig
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+TRIED_ROWS = 16
+"""Rows with which an environment that is not known is begun before anything else, to see whether it begins."""
 RESERVED = ("prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state")
 """Names of reward functions' own arguments: columns called so do not reach them."""
 
@@ -51,10 +53,12 @@ class OnlineTask:
             self.tokenizer,
             template_kwargs=config.chat_template_kwargs,
             parse=parse_tool_calls,
+            parse_without_tools=False,
             history=config.history,
         )
         self.data = self._data(say, dataset)
-        self.scorer = Scorer(config, say) if config.rewards else None
+        judged_by = config.reward_keys()
+        self.scorer = Scorer(judged_by, say) if judged_by.rewards else None
         if self.scorer is not None:
             self.scorer.check(self.data.columns, config.dataset_name or f"rows of {config.environment}")
 
@@ -67,11 +71,13 @@ class OnlineTask:
                 )
             train = self.kind.rows("train", config.environment_rows, config.seed)
             heldout = self.kind.rows("test", config.eval_rows, config.seed) if config.eval_rows else []
-            for row in (*train[:16], *heldout[:16]):
+            for row in (*train[:TRIED_ROWS], *heldout[:TRIED_ROWS]):
                 self.prompt_length(row)
             return prompts_made(train, heldout, say)
         room = None if self.max_length is None else self.max_length - config.max_completion_length
-        return prompts_of_dataset(config, self.prompt_length, room, say, dataset)
+        # Other environments than this one may be slow to begin; a prompt of theirs that is too long ends its rollout.
+        tried = None if config.environment == "question_answer" else TRIED_ROWS
+        return prompts_of_dataset(config, self.prompt_length, room, say, dataset, tried)
 
     def prompt_length(self, row: dict[str, Any]) -> int:
         """Tokens of the row's first prompt, as the environment puts it. Raises RefusedError."""
@@ -107,30 +113,54 @@ class OnlineTask:
         )
 
     async def score(self, group: RolloutGroup) -> None:
-        """Scores of the reward functions and of the environment, and their weighted sum."""
-        scorer, rollouts = self.scorer, group.rollouts
-        assert scorer is not None
-        found = await scorer.score(
+        """Scores of the environment and of the reward functions, their weighted sum, and the algorithm's penalty."""
+        rollouts, weight = group.rollouts, self.config.environment_weight
+        found = None if self.scorer is None else await self._judged(self.scorer, group)
+        for i, rollout in enumerate(rollouts):
+            own = rollout.environment_rewards
+            # An episode that came to its end without any reward was not judged, which is not the same as 0.
+            judged = bool(own) or (found is None and rollout.end_state != "completed")
+            total = weight * sum(own.values()) if judged else None
+            rollout.scores = dict(own)
+            if found is not None:
+                rollout.scores |= {name: scores[i] for name, scores in found.by_function.items()}
+                rollout.extra = {
+                    name: values[i] for name, values in found.extra.items() if len(values) == len(rollouts)
+                }
+                part = found.totals_S[i]
+                silent = part is None and self.config.reward_missing == "no_score"
+                total = None if silent else part if total is None else total + (part or 0.0)
+            rollout.reward, rollout.penalty = total, self._overlong(rollout)
+
+    async def _judged(self, scorer: Scorer, group: RolloutGroup) -> Scores:
+        rollouts = group.rollouts
+        return await scorer.score(
             prompts=[rollout.messages[: rollout.opening] for rollout in rollouts],
-            completions=[rollout.messages[rollout.opening :] for rollout in rollouts],
+            completions=[self._as_sampled(rollout) for rollout in rollouts],
             completion_ids=[rollout.sampled_ids for rollout in rollouts],
             trainer_state=self.trainer_state,
             columns={name: [value] * len(rollouts) for name, value in group.row.items() if name not in RESERVED},
         )
-        for i, (rollout, total) in enumerate(zip(rollouts, found.totals_S, strict=True)):
-            own = rollout.environment_rewards
-            rollout.extra = {name: values[i] for name, values in found.extra.items()}
-            rollout.scores = {**own, **{name: scores[i] for name, scores in found.by_function.items()}}
-            if total is not None:
-                rollout.reward = total + self.config.environment_weight * sum(own.values())
-                rollout.reward += self._overlong(rollout)
+
+    def _as_sampled(self, rollout: Rollout) -> list[dict[str, Any]]:
+        """What was said since the opening, the policy's turns with their thoughts, as reward functions expect them."""
+        turns = iter(rollout.turns)
+        messages = []
+        for message in rollout.messages[rollout.opening :]:
+            turn = next(turns, None) if message["role"] == "assistant" else None
+            if turn is not None and message.get(REASONING):
+                ids = rollout.pieces[turn.piece][turn.start : turn.end]
+                message = {**message, "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
+            messages.append(message)
+        return messages
 
     def _overlong(self, rollout: Rollout) -> float:
-        """Decoupled-clip DAPO's soft punishment of answers near the limit (0 for other algorithms)."""
-        if self.algorithm.overlong_buffer is None:
+        """Decoupled-clip DAPO's soft punishment of a turn near its limit (0 for other algorithms)."""
+        if self.algorithm.overlong_buffer is None or not rollout.turns:
             return 0.0
         longest = self.config.max_completion_length
-        return soft_overlong(rollout.num_sampled, longest, int(self.algorithm.overlong_buffer * longest))
+        buffer = max(int(self.algorithm.overlong_buffer * longest), 1)
+        return soft_overlong(max(turn.end - turn.start for turn in rollout.turns), longest, buffer)
 
     def close(self) -> None:
         """End the reward functions' processes."""

@@ -91,7 +91,7 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
     from llmrl.trainers.online import OnlineRun
 
     algorithm = algorithm_of(config)
-    critic_alone = ValueRegression(config.value_clip).objective()
+    critic = ValueRegression(config.value_clip).objective()
     learner = config.learner_options
     with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
         for step in online.session.steps():
@@ -107,8 +107,8 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
                 )
                 metrics = filtration_metrics(rewards_S, group_S, counts_S) | reward_fits(config, collected, draws)
                 experience.set_weights(counts_S.tolist())
-            objective = critic_alone if step < algorithm.critic_warmup else None
-            online.record(collected, {**metrics, **online.improve(experience, step, objective)})
+            critic_alone = critic if step < algorithm.critic_warmup else None
+            online.record(collected, {**metrics, **online.improve(experience, step, critic_alone)})
         online.session.finish()
 
 

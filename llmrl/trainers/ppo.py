@@ -26,8 +26,8 @@ class CriticConfig(OnlineConfig):
 
     learning_rate: Annotated[float, Field(gt=0)] = 3e-6
     """Peak learning rate of AdamW for the language model."""
-    value_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the value head; null = learning_rate. It starts at zero and may learn much faster."""
+    value_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-4
+    """Peak learning rate of the value head, which starts at zero and must learn faster; null = learning_rate."""
     value_coef: Annotated[float, Field(gt=0)] | None = None
     """Weight of the value loss."""
     value_clip: Annotated[float, Field(gt=0)] | None = 0.2
@@ -91,13 +91,13 @@ def train(config: PPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.trainers.online import OnlineRun
 
     algorithm = algorithm_of(config)
-    critic_alone = ValueRegression(config.value_clip).objective()
+    critic = ValueRegression(config.value_clip).objective()
     learner = config.learner_options
     with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
         for step in online.session.steps():
             collected = online.collect(step)
             experience = online.experience(collected)
             experience.assign_advantages(algorithm)
-            objective = critic_alone if step < algorithm.critic_warmup else None
-            online.record(collected, online.improve(experience, step, objective))
+            critic_alone = critic if step < algorithm.critic_warmup else None
+            online.record(collected, online.improve(experience, step, critic_alone))
         online.session.finish()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.objectives.presets import Preset, preset
+from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
 from llmrl.trainers import online_config
 from llmrl.trainers.ppo import CriticConfig
 
@@ -50,34 +51,47 @@ class RLSPConfig(CriticConfig):
     exploration_options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the exploration reward: guards against padding."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _own_rewards(cls, given: Any) -> Any:
-        """The published rewards, where none are named."""
-        if not isinstance(given, dict) or given.get("rewards"):
-            return given
-        form, alpha = given.get("form_of_reward", "paper"), float(given.get("alpha", 0.8))
-        options = dict(given.get("exploration_options") or {})
-        scale = float(given.get("length_constant", 1000.0))
-        verifier: dict[str, Any] = {"function": given.get("verifier", "accuracy"), "name": VERIFIER}
-        exploration: dict[str, Any] = {"function": "exploration", "name": EXPLORATION}
-        if form == "code":
-            verifier["options"] = {"first_box": True}
-            exploration["options"] = {"scale": scale, "unit": "characters", "before_box": True, **options}
-            box = {"function": "boxed", "options": {"present": 0.0, "absent": -0.5}}
-            return {**given, "rewards": [verifier, exploration, box]}
-        verifier["weight"], exploration["weight"] = alpha, 1 - alpha
-        exploration["options"] = {"scale": scale, **options}
-        return {**given, "rewards": [verifier, exploration]}
-
     @model_validator(mode="after")
-    def _fading(self) -> Self:
-        names = {entry.label for entry in self.rewards}
-        if self.alpha_end is not None and (self.form_of_reward == "code" or not {VERIFIER, EXPLORATION} <= names):
-            raise ValueError("alpha_end fades the paper's form: leave `rewards` and form_of_reward as they are")
+    def _own_rewards(self) -> Self:
+        derived = ("form_of_reward", "verifier", "alpha", "alpha_end", "length_constant", "exploration_options")
+        fields = type(self).model_fields
+        given = [key for key in derived if getattr(self, key) != fields[key].get_default(call_default_factory=True)]
+        if self.rewards and given:
+            raise ValueError(
+                f"`rewards` replaces RLSP's own, so that {', '.join(given)} would be ignored: give one or other"
+            )
+        if self.form_of_reward == "code" and self.verifier == "exact_match":
+            raise ValueError("form_of_reward code grades what is in a box: verifier must be correct_number or accuracy")
+        if self.alpha_end is not None and self.form_of_reward == "code":
+            raise ValueError("alpha_end fades the paper's form: leave form_of_reward as it is")
         if self.alpha_end is not None and self.max_staleness:
             raise ValueError("alpha_end changes the reward from step to step, so that max_staleness must be 0")
         return self
+
+    def reward_keys(self) -> RewardKeys:
+        """The published rewards, where none are named."""
+        if self.rewards:
+            return self
+        scale = {"scale": self.length_constant}
+        if self.form_of_reward == "code":
+            # V counts only where there is a box: without one the base is -0.5, whatever the answer.
+            boxed = {"first_box": True, "require_box": True}
+            entries = [
+                RewardFunctionKeys(function=self.verifier, name=VERIFIER, options=boxed),
+                RewardFunctionKeys(function="boxed", options={"present": 0.0, "absent": -0.5}),
+                RewardFunctionKeys(
+                    function="exploration",
+                    name=EXPLORATION,
+                    options={**scale, "unit": "characters", "before_box": True, **self.exploration_options},
+                ),
+            ]
+        else:
+            options = {**scale, **self.exploration_options}
+            entries = [
+                RewardFunctionKeys(function=self.verifier, name=VERIFIER, weight=self.alpha, options={}),
+                RewardFunctionKeys(function="exploration", name=EXPLORATION, weight=1 - self.alpha, options=options),
+            ]
+        return self.model_copy(update={"rewards": entries})
 
     def alpha_at(self, step: int, total_steps: int) -> float:
         """Weight of the verifier in step `step` (from 0)."""
@@ -112,7 +126,7 @@ def train(config: RLSPConfig, run: "Run", *, dataset: Any = None, callbacks: "Se
     from llmrl.trainers.online import OnlineRun
 
     algorithm = algorithm_of(config)
-    critic_alone = ValueRegression(config.value_clip).objective()
+    critic = ValueRegression(config.value_clip).objective()
     learner = config.learner_options
     with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
         for step in online.session.steps():
@@ -122,6 +136,6 @@ def train(config: RLSPConfig, run: "Run", *, dataset: Any = None, callbacks: "Se
             collected = online.collect(step)
             experience = online.experience(collected)
             experience.assign_advantages(algorithm)
-            objective = critic_alone if step < algorithm.critic_warmup else None
-            online.record(collected, {**online.improve(experience, step, objective), "alpha": alpha})
+            critic_alone = critic if step < algorithm.critic_warmup else None
+            online.record(collected, {**online.improve(experience, step, critic_alone), "alpha": alpha})
         online.session.finish()

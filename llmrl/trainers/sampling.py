@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any
 
 from llmrl.data.order import RowCursor
-from llmrl.errors import LlmrlError, RefusedError, RunInterruptedError
+from llmrl.errors import LlmrlError, RefusedError, RunFailedError, RunInterruptedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.sharding import gather_objects
 from llmrl.objectives.presets import Preset
@@ -89,13 +89,12 @@ class Sampler:
                 found = self._whole(self._step(step))
             else:
                 found = self._whole(ahead.result())
+            if self.config.max_staleness and not last:
+                self.synchronise()
+                self._ahead = _Ahead(self.cursor.position, functools.partial(self._step, step + 1))
         except BaseException:
             self.cursor.position = position  # a checkpoint that is left now repeats this step
             raise
-        if self.config.max_staleness and not last:
-            self.synchronise()
-            position = self.cursor.position
-            self._ahead = _Ahead(position, functools.partial(self._step, step + 1))
         return found
 
     def heldout(self) -> list[Rollout]:
@@ -153,7 +152,7 @@ class Sampler:
             self.task.renderer,
             self.task.kind.make,
             self.task.limits(),
-            self.task.score if self.task.scorer is not None else None,
+            self.task.score,
             policy,
             _Shown(self.run, what),
         )
@@ -162,6 +161,10 @@ class Sampler:
                 found = collector.collect(tasks[rank::world], temperature)
         except LlmrlError as error:
             return error
+        except Exception as error:  # the other ranks must hear of it, or they would wait for this one
+            if world == 1 and accelerator.num_processes == 1:
+                raise
+            return RunFailedError(f"{what}: {type(error).__name__}: {error}")
         for group in found.groups:
             group.place = rank + world * group.place
         return found

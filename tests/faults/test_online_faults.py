@@ -118,7 +118,7 @@ def test_where_no_completion_has_a_score_the_run_ends_with_the_reason(
 ) -> None:
     config = rewarded(tmp_path, "none_at_all", max_empty_steps=2, max_steps=9)
     said = ended(capsys, config, code=1, method=method)
-    assert "nothing was learned in 2 steps in a row: no rollout has a reward" in said
+    assert "nothing could be learned in 2 steps in a row: no rollout has a reward" in said
     assert checkpoints.latest(tmp_path / "run") == tmp_path / "run" / "checkpoints" / "step_2"
 
 
@@ -126,10 +126,10 @@ def test_equal_rewards_are_said_after_three_steps_and_end_the_run_with_a_checkpo
     tmp_path: Path, capsys: Said
 ) -> None:
     said = failed_after(capsys, rewarded(tmp_path, "equal", max_empty_steps=5, max_steps=20), steps=5)
-    assert "nothing was learned in 5 steps in a row: a prompt's rollouts are equally good (mean 0.25)" in said
+    assert "nothing could be learned in 5 steps in a row: all rollouts are equally good (mean 0.25)" in said
     assert "Choose easier or harder prompts" in said
     notes = (tmp_path / "run" / "notes.log").read_text()
-    assert "nothing was learned in 3 steps in a row" in notes
+    assert "nothing could be learned in 3 steps in a row" in notes
     lines = metrics(tmp_path / "run")
     assert {(line["frac_reward_zero_std"], line["updates"], line["num_tokens"]) for line in lines} == {(1, 0, 0)}
 
