@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from llmrl.errors import RefusedError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(hours=3)
+"""Ranks without an engine of their own wait in a collective while others sample."""
 T = TypeVar("T")
 
 

@@ -3,6 +3,7 @@
 It runs in the trainer's process, on the trainer's device.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -46,7 +47,7 @@ def _reward_model(
     gpu = torch.cuda.is_available()
     held = {"auto": torch.bfloat16 if gpu else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
     model = load_reward_model(path, ModelKeys(model_name_or_path=path), held[dtype], say)
-    model.requires_grad_(False).to("cuda" if gpu else "cpu")
+    model.requires_grad_(False).to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

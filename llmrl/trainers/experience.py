@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrl.learner.learner import Learner
+from llmrl.learner.prefix_tree import num_unique_tokens
 from llmrl.learner.sequences import Floats, Group, TokenSequence, totals
 from llmrl.objectives.presets import Preset
 from llmrl.objectives.scored import Objective
@@ -83,7 +84,7 @@ class Experience:
     def score(self, learner: Learner, *, old: bool, reference: bool, values: bool) -> None:
         """Ask the learner, as it is now, for what the updates will compare with: `old_logprobs`, `old_values`, and the
         reference's log-probabilities."""
-        groups = self._groups(range(len(self)))
+        groups = self._groups(range(len(self)), learner.options.tokens_per_microbatch)
         if old or values:
             scored = [piece for group in learner.scores(groups) for piece in group]
             self.set_token_values("old_logprobs", _joined(piece.logprobs for piece in scored))
@@ -153,7 +154,7 @@ class Experience:
             counts = totals(self._groups(indices))
             teaching = [i for i in indices if not skip_idle or self._has_advantage(i)]
             if teaching:
-                groups = self._groups(teaching)
+                groups = self._groups(teaching, learner.options.tokens_per_microbatch)
                 done.append(learner.update(groups, objective, counts, advance_schedule=False, language=language))
         with warnings.catch_warnings():  # a step in which nothing could be learned passes by, too
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -171,12 +172,16 @@ class Experience:
         orders: list[NDArray[np.int64]] = [draw.permutation(count) for _ in range(epochs)]
         return [order[start : start + size].tolist() for order in orders for start in range(0, count, size)]
 
-    def _groups(self, indices: Iterable[int]) -> list[Group]:
-        """The rollouts at these indices, those of one prompt together, so that the prompt is computed once."""
-        members: dict[int, list[TokenSequence]] = {}
+    def _groups(self, indices: Iterable[int], budget: int | None = None) -> list[Group]:
+        """The rollouts at these indices, those of one prompt together, so that the prompt is computed once.
+
+        With a `budget` of tokens a prompt's rollouts are divided, where together they would exceed what one forward
+        pass should compute; nothing compares them any more.
+        """
+        members: dict[int, list[Group]] = {}
         for index in sorted(indices):
-            members.setdefault(self.samples[index].group, []).extend(self.samples[index].pieces)
-        return [tuple(pieces) for pieces in members.values()]
+            members.setdefault(self.samples[index].group, []).append(self.samples[index].pieces)
+        return [group for rollouts in members.values() for group in _within(rollouts, budget)]
 
 
 def token_sequences(rollout: Rollout, values: dict[str, float]) -> Group:
@@ -203,6 +208,23 @@ def token_sequences(rollout: Rollout, values: dict[str, float]) -> Group:
             )
         )
     return tuple(found)
+
+
+def _within(rollouts: list[Group], budget: int | None) -> list[Group]:
+    """The rollouts of a prompt as groups of at most `budget` different tokens; a rollout is never divided."""
+    groups: list[Group] = []
+    for pieces in rollouts:
+        together = (*groups[-1], *pieces) if groups else pieces
+        if groups and (budget is None or _fits(together, budget)):
+            groups[-1] = together
+        else:
+            groups.append(pieces)
+    return groups
+
+
+def _fits(group: Group, budget: int) -> bool:
+    """Whether the group is computed within the budget; the tree is only built where the plain sum leaves a doubt."""
+    return sum(len(piece.token_ids) for piece in group) <= budget or num_unique_tokens(group) <= budget
 
 
 def _joined(parts: Iterable[Floats]) -> Tensor:

@@ -52,6 +52,9 @@ class Sampler:
         self.config, self.algorithm, self.task, self.learner, self.run = config, algorithm, task, learner, run
         self.engine = self._built()
         self.adapter = adapter_alone(config, learner)
+        longest = getattr(self.engine, "max_model_len", None)  # a server may take less than the model could
+        if longest is not None:
+            task.max_length = min(task.max_length or longest, longest)
         self.cursor = RowCursor(len(task.data.train), config.seed)
         self.version, self._synced = 0, -1  # how often the learner changed, and which of its states the engine has
         self._ahead: _Ahead | None = None

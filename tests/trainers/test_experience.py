@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmrl.learner.sequences import Group
+from llmrl.learner.learner import LearnerOptions
+from llmrl.learner.prefix_tree import num_unique_tokens
+from llmrl.learner.sequences import Group, totals
 from llmrl.objectives.presets import preset
 from llmrl.objectives.scored import Objective, Totals
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
@@ -43,6 +45,7 @@ class Spy:
     def __init__(self, answers: list[dict[str, float]] | None = None) -> None:
         self.updates: list[tuple[list[Group], Totals]] = []
         self.answers, self.learning_rate, self.advanced = answers, 0.25, 0
+        self.options = LearnerOptions(tokens_per_microbatch=10**6)
 
     def update(
         self, given: list[Group], objective: Objective, counts: Totals, *, advance_schedule: bool, language: bool
@@ -207,3 +210,18 @@ def test_metrics_of_several_updates_are_means_sums_and_extremes() -> None:
         "updates": 2.0,
     }  # fmt: skip
     assert np.isfinite(list(train(Experience([]), Spy()).values())).all()
+
+
+def test_a_prompts_rollouts_are_divided_where_one_forward_pass_would_be_too_large() -> None:
+    experience = Experience(groups([1.0, 2.0, 4.0, 8.0], [3.0, 6.0]))
+    experience.assign_advantages(preset("loop"))
+    whole = experience._groups(range(6))
+    sizes = [num_unique_tokens(group) for group in whole]
+    learner = Spy()
+    learner.options = LearnerOptions(tokens_per_microbatch=max(sizes) - 1)
+    train(experience, learner)
+    ((given, counts),) = learner.updates
+    assert all(num_unique_tokens(group) <= max(sizes) - 1 for group in given)
+    assert len(given) > len(whole)
+    assert [p.values["reward"] for g in given for p in g] == [p.values["reward"] for g in whole for p in g]
+    assert (counts.tokens, counts.sequences) == (totals(whole).tokens, totals(whole).sequences)
