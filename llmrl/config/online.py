@@ -144,7 +144,7 @@ class PolicyGradientKeys(Keys):
     epochs_per_step: Positive | None = None
     """Passes over a step's rollouts (TRL: num_iterations)."""
     rollouts_per_update: Positive | None = None
-    """Rollouts in one optimizer step; null = all of a step's at once."""
+    """Rollouts in one optimizer step; null = as many as make the algorithm's number of steps, mostly one."""
     reference: Literal["auto", "adapter_off", "frozen"] = "auto"
     """Where the reference's log-probabilities come from, if the algorithm has one: auto is adapter_off with use_peft,
     else a frozen copy."""

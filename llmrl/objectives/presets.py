@@ -46,7 +46,8 @@ class Preset:
     loss: settings of PolicyGradient that differ from its defaults. advantage: how it is made; `gae` needs a critic,
     `batch_normalised` is the group's mean subtracted, then whitened over the batch's tokens. whitening: of `gae` and
     `reward_to_go`, by which variance. kl, beta: where the pull to the reference sits, and its weight. gamma, lam: of
-    GAE. score_clip: scores are cut to +- this before they become token rewards. epochs: passes over a step's samples.
+    GAE. score_clip: scores are cut to +- this before they become token rewards. epochs: passes over a step's samples,
+    updates: optimizer steps in each.
     constant_divisor: an update divides by the sequences it should have, however many it has. dynamic_sampling: groups
     of equal reward are replaced by fresh ones. overlong_buffer: share of the longest answer over which the soft
     overlong punishment grows to -1. critic_warmup: rollouts that train the critic alone.
@@ -61,6 +62,7 @@ class Preset:
     lam: float = 0.95
     score_clip: float | None = None
     epochs: int = 1
+    updates: int = 1
     constant_divisor: bool = False
     dynamic_sampling: bool = False
     overlong_buffer: float | None = None
@@ -184,7 +186,9 @@ PRESETS: dict[str, Preset] = {
         {"ratio": "geometric", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": SEQUENCE_MEAN},
     ),
     "cispo": Preset("group_normalised", {"clip": "cispo", "clip_low": 1.0, "clip_high": 4.0}),
-    "dapo_clip": Preset("group_normalised", {"clip_high": 0.28}, dynamic_sampling=True, overlong_buffer=0.2),
+    "dapo_clip": Preset(
+        "group_normalised", {"clip_high": 0.28}, updates=16, dynamic_sampling=True, overlong_buffer=0.2
+    ),
     "reinforce_plus_plus": Preset("reward_to_go", whitening="population", kl="reward", beta=0.01),
     "reinforce_plus_plus_baseline": Preset("batch_normalised", {"kl": "k2"}, kl="loss", beta=0.001),
     "rlsp": Preset(
@@ -194,6 +198,7 @@ PRESETS: dict[str, Preset] = {
         kl="reward",
         beta=0.05,
         score_clip=10.0,
+        updates=4,
         critic_warmup=4,
     ),
     "pf_ppo": Preset(
@@ -203,6 +208,7 @@ PRESETS: dict[str, Preset] = {
         kl="reward",
         beta=0.01,
         score_clip=10.0,
+        updates=4,
     ),
 }
 

@@ -40,7 +40,8 @@ class LOOPConfig(OnlineConfig):
     min_advantage: Annotated[float, Field(ge=0)] = 0.01
     """Rollouts with a smaller absolute advantage are not trained on: LOOP's filter; the others only skip zeros."""
     rollouts_per_update: Annotated[int, Field(ge=1)] | None = None
-    """Rollouts in one optimizer step; null = 32 for loop and its variants, all of a step's at once for the others."""
+    """Rollouts in one optimizer step; null = 32 for loop and its variants, a sixteenth of a step for dapo_clip, all of
+    them at once for the others."""
 
     @model_validator(mode="after")
     def _group_of_one(self) -> Self:
@@ -51,9 +52,9 @@ class LOOPConfig(OnlineConfig):
             )
         return self
 
-    @property
-    def update_size(self) -> int | None:
-        return self.rollouts_per_update or (32 if self.algorithm.startswith("loop") else None)
+    def rollouts_in_update(self, algorithm: Preset, rollouts: int) -> int:
+        published = 32 if self.algorithm.startswith("loop") and self.rollouts_per_update is None else None
+        return min(published, max(rollouts, 1)) if published else super().rollouts_in_update(algorithm, rollouts)
 
 
 Config = LOOPConfig

@@ -119,8 +119,8 @@ class OnlineRun:
         log-probabilities where it is updated more than once, the reference's, the critic's values."""
         experience = Experience(collected.groups)
         if len(experience):
-            algorithm, size = self.algorithm, self.config.update_size
-            several = algorithm.epochs > 1 or (size is not None and size < len(experience))
+            algorithm, count = self.algorithm, len(experience)
+            several = algorithm.epochs > 1 or self.config.rollouts_in_update(algorithm, count) < count
             experience.score(
                 self.learner,
                 old=several or algorithm.kl == "reward",
@@ -138,7 +138,7 @@ class OnlineRun:
             self.learner,
             critic_alone or self.objective,
             epochs=self.algorithm.epochs,
-            rollouts_per_update=self.config.update_size,
+            rollouts_per_update=self.config.rollouts_in_update(self.algorithm, len(experience)),
             seed=row_seed(self.config.seed, step, 0),
             skip_idle=not more,
             language=critic_alone is None,
@@ -202,7 +202,9 @@ def online_objective(config: OnlineConfig, algorithm: Preset) -> PolicyGradient:
     """The preset's objective with the configuration's settings over it."""
     rollouts = config.prompts_per_step * config.samples_per_prompt
     own = config.settings(on_policy_engine=config.engine.kind == "huggingface")
-    return algorithm.policy_gradient(config.max_completion_length, min(config.update_size or rollouts, rollouts), **own)
+    return algorithm.policy_gradient(
+        config.max_completion_length, config.rollouts_in_update(algorithm, rollouts), **own
+    )
 
 
 def check_online(config: OnlineConfig, algorithm: Preset) -> list[str]:

@@ -36,10 +36,9 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
             return self.max_steps
         return math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_step)
 
-    @property
-    def update_size(self) -> int | None:
-        """Rollouts in one optimizer step; None: all of a step's."""
-        return self.rollouts_per_update
+    def rollouts_in_update(self, algorithm: Preset, rollouts: int) -> int:
+        """Rollouts in one optimizer step, of `rollouts` that a step trains on."""
+        return max(min(self.rollouts_per_update or math.ceil(rollouts / algorithm.updates), rollouts), 1)
 
     def reward_keys(self) -> RewardKeys:
         """What the reward functions are built from."""
@@ -81,7 +80,7 @@ def describe(
         )
     rollouts = config.prompts_per_step * config.samples_per_prompt
     trained = config.prompts_per_step * (trained_per_prompt or config.samples_per_prompt)
-    size = min(config.update_size or trained, trained)
+    size = config.rollouts_in_update(algorithm, trained)
     epochs = config.epochs_per_step or algorithm.epochs
     updates = epochs * math.ceil(trained / size)
     steps = (

@@ -104,7 +104,8 @@ def test_dynamic_sampling_replaces_prompts_that_teach_nothing(tmp_path: Path) ->
         records = rollouts(tmp_path / "run", step)
         assert {record["row"] for record in records} <= teaching
         assert 3 * 4 <= len(records) <= 4 * 4  # of a prompt of which all rollouts happen to be equal there is none
-        assert (line["frac_reward_zero_std"], line["updates"]) == (0, 1)
+        assert line["frac_reward_zero_std"] == 0
+        assert line["updates"] >= 1
 
 
 def test_dynamic_sampling_gives_up_where_nothing_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
