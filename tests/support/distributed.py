@@ -4,6 +4,7 @@ Argument: a JSON object with `model` and `out` (folders), use_peft, tokens_per_m
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -106,3 +107,6 @@ def run(settings: dict[str, Any]) -> None:
 if __name__ == "__main__":
     run(json.loads(sys.argv[1]))
     ranks.leave_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads of DeepSpeed's may abort a process that takes its time to end
