@@ -7,7 +7,8 @@ With logits z = f(W h + b), f the model's own scaling or soft-cap divided by the
 
 Both Jacobians are known in the forward pass, before anyone knows the upstream gradient g_n, one number per token. So
 the forward keeps u_n = W^T f'(.) (onehot - p_n), [N, hidden], and the backward is g_n u_n: with a frozen head nothing
-is computed twice. A trainable one recomputes its logits chunk by chunk in the backward, for the weight's gradient only.
+is computed twice. The gradient of a trainable one is the sum of f'(.) (onehot - p_n) g_n h_n^T: the first chunks' Jacobians
+are kept for it, as many as KEPT_ELEMENTS holds, and the logits of the others are computed again in the backward.
 """
 
 import types
@@ -21,6 +22,9 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 """Logits held at once, in elements (32 MB and 256 MB in float32): rows per chunk shrink as the vocabulary grows. On an
 H200, at a vocabulary of 152k, 2**26 takes 6% longer than chunks four times as large, and 2**23 twice as long."""
 MAX_CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
+KEPT_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
+"""Elements of Jacobians that a trainable head may keep from forward to backward (128 MB and 512 MB in float32), which
+saves one of its four products."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
         with_entropy: bool,
         compute_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        num, want_hidden = len(targets), ctx.needs_input_grad[0]
+        num, want_hidden, want_weight = len(targets), ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         compute_weight = weight.to(compute_dtype)
         logprobs, lse = (torch.empty(num, dtype=torch.float32, device=hidden.device) for _ in range(2))
         entropies = torch.empty(num if with_entropy else 0, dtype=torch.float32, device=hidden.device)
         by_logprob = torch.empty_like(hidden) if want_hidden else None
         by_entropy = torch.empty_like(hidden) if want_hidden and with_entropy else None
+        jacobians: list[Tensor] = []  # of the first chunks, p - onehot; the entropy's would be a second set
+        room = 0 if with_entropy or not want_weight else _of(KEPT_ELEMENTS, hidden.device.type)
 
         def one(rows: slice) -> None:
             """A chunk, in a function so that its logits are gone before the next one's are made."""
             logits = transform(_raw_logits(hidden[rows], compute_weight, bias))
-            slope = transform.slope(logits) if want_hidden else 1.0
+            keep = rows.stop * len(weight) <= room
+            slope = transform.slope(logits) if want_hidden or keep else 1.0
             at_target = logits.gather(1, targets[rows, None])[:, 0]
             kept = logits.clone() if with_entropy else None
             p, lse[rows] = _softmax_(logits)
@@ -88,22 +95,25 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 if by_entropy is not None:
                     jacobian = _times((log_p.add_(entropy[:, None]).mul_(p)).neg_(), slope)
                     by_entropy[rows] = jacobian.to(compute_dtype) @ compute_weight
-            if by_logprob is not None:
-                negative = _times(_minus_at(p, targets[rows], 1.0), slope)
-                by_logprob[rows] = (negative.to(compute_dtype) @ compute_weight).neg_()
+            if by_logprob is not None or keep:
+                negative = _times(_minus_at(p, targets[rows], 1.0), slope).to(compute_dtype)
+                if by_logprob is not None:
+                    by_logprob[rows] = (negative @ compute_weight).neg_()
+                if keep:
+                    jacobians.append(negative)
 
         for rows in _chunks(num, len(weight), hidden.device.type):
             one(rows)
         ctx.module, ctx.transform, ctx.with_entropy, ctx.compute_dtype = module, transform, with_entropy, compute_dtype
-        kept = hidden if any(ctx.needs_input_grad[1:3]) else None
-        ctx.save_for_backward(targets, by_logprob, by_entropy, kept, lse if kept is not None else None)
+        kept_hidden, kept_lse = (hidden, lse) if want_weight else (None, None)
+        ctx.save_for_backward(targets, by_logprob, by_entropy, kept_hidden, kept_lse, *jacobians)
         if not with_entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
-        targets, by_logprob, by_entropy, hidden, lse = ctx.saved_tensors
+        targets, by_logprob, by_entropy, hidden, lse, *jacobians = ctx.saved_tensors
         grad_hidden = None
         if by_logprob is not None:
             grad_hidden = by_logprob * grad_logprobs[:, None].to(by_logprob.dtype)
@@ -113,12 +123,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
         if hidden is not None:
             # Read from the module only now: under ZeRO-3 the full weight is gathered for the backward too, and a
             # tensor captured in the forward would have been emptied or kept alive.
-            grad_weight, grad_bias = _parameter_gradients(ctx, hidden, targets, lse, grad_logprobs, grad_entropies)
+            grad_weight, grad_bias = _parameter_gradients(
+                ctx, hidden, targets, lse, jacobians, grad_logprobs, grad_entropies
+            )
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 def _parameter_gradients(
-    ctx: Any, hidden: Tensor, targets: Tensor, lse: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor
+    ctx: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    jacobians: list[Tensor],
+    grad_logprobs: Tensor,
+    grad_entropies: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     weight, bias = ctx.module.weight, ctx.module.bias
     compute_weight = weight.to(ctx.compute_dtype)
@@ -138,23 +156,38 @@ def _parameter_gradients(
         else:
             negative = log_p.exp_().mul_(upstream)
         negative = _times(_minus_at(negative, targets[rows], upstream), slope)
-        left, right = negative.to(ctx.compute_dtype).T, hidden[rows].to(ctx.compute_dtype)
+        add(negative.to(ctx.compute_dtype), hidden[rows])
+        if grad_bias is not None:
+            grad_bias.sub_(negative.sum(0))
+
+    def kept(rows: slice, negative: Tensor) -> None:
+        """A chunk whose Jacobian the forward has kept: the upstream gradient goes to the smaller factor."""
+        add(negative, hidden[rows] * grad_logprobs[rows, None].to(hidden.dtype))
+        if grad_bias is not None:
+            grad_bias.sub_(grad_logprobs[rows].to(negative.dtype) @ negative)
+
+    def add(negative: Tensor, right: Tensor) -> None:
+        left, right = negative.T, right.to(ctx.compute_dtype)
         if ctx.compute_dtype == weight.dtype:
             grad_weight.addmm_(left, right, alpha=-1)
         else:  # autocast: multiply in the low precision, accumulate in the weight's own
             grad_weight.sub_(left @ right)
-        if grad_bias is not None:
-            grad_bias.sub_(negative.sum(0))
 
-    for rows in _chunks(len(targets), len(weight), hidden.device.type):
+    chunks = _chunks(len(targets), len(weight), hidden.device.type)
+    for rows, jacobian in zip(chunks, jacobians, strict=False):
+        kept(rows, jacobian)
+    for rows in chunks[len(jacobians) :]:
         one(rows)
     return grad_weight, grad_bias
 
 
 def _chunks(num_rows: int, vocabulary: int, device: str) -> list[slice]:
-    kind = device if device in MAX_CHUNK_ROWS else "cpu"
-    step = max(1, min(MAX_CHUNK_ROWS[kind], CHUNK_ELEMENTS[kind] // vocabulary))
+    step = max(1, min(_of(MAX_CHUNK_ROWS, device), _of(CHUNK_ELEMENTS, device) // vocabulary))
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _of(sizes: dict[str, int], device: str) -> int:
+    return sizes.get(device, sizes["cpu"])
 
 
 def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ def test_equals_full_logits(
     frozen: bool,
 ) -> None:
     monkeypatch.setattr(head, "MAX_CHUNK_ROWS", {"cpu": 7})
+    monkeypatch.setattr(head, "KEPT_ELEMENTS", {"cpu": 14 * 31})  # two chunks of four
     torch.manual_seed(0)
     layer = nn.Linear(16, 31, bias=bias).requires_grad_(not frozen)
     head.install(layer)
@@ -50,6 +51,34 @@ def test_equals_full_logits(
         torch.testing.assert_close(entropies, true_entropies, atol=1e-5, rtol=1e-5)
     for ours, true in zip(gradients(logprobs, entropies), gradients(true_logprobs, true_entropies), strict=True):
         torch.testing.assert_close(ours, true, atol=5e-6 * float(true.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_for_the_weights_gradient_changes_nothing_but_work(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(head, "MAX_CHUNK_ROWS", {"cpu": 7})
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 31)
+    head.install(layer)
+    hidden, targets, upstream = torch.randn(23, 16), torch.randint(0, 31, (23,)), torch.randn(23)
+
+    def gradients(kept_rows: int) -> tuple[list[Tensor], int]:
+        monkeypatch.setattr(head, "KEPT_ELEMENTS", {"cpu": kept_rows * 31})
+        computed = []
+        monkeypatch.setattr(head, "_raw_logits", lambda *given: computed.append(1) or raw_logits(*given))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = (layer(hidden, targets, head.LogitTransform(softcap=softcap), False)[0] * upstream).sum()
+        return list(torch.autograd.grad(loss, list(layer.parameters()))), len(computed)
+
+    raw_logits = head._raw_logits
+    never, eight = gradients(0)
+    for kept_rows, chunks in ((15, 6), (10**6, 4)):  # of four chunks: two kept, all kept
+        found, count = gradients(kept_rows)
+        assert (eight, count) == (8, chunks)
+        for ours, plain in zip(found, never, strict=True):
+            torch.testing.assert_close(ours, plain, atol=(1e-2 if dtype == torch.bfloat16 else 1e-6), rtol=1e-2)
 
 
 def test_gradient_by_finite_differences() -> None:
