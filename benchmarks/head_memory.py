@@ -134,8 +134,8 @@ def report(rows: list[list[str]]) -> str:
             f"Forward and backward of the output layer alone for {ROWS} scored tokens of {HIDDEN} hidden units in "
             "float32: how far the resident memory of the process rises above hidden states and weights. Both ways give "
             "the same log-probabilities and gradients (checked to 1e-4). What is left of llmrl's peak without the "
-            "gradient is a few chunks of logits of 32 MB each, whatever the vocabulary, and with a trainable head up to "
-            "128 MB of Jacobians, which save computing those logits again.",
+            "gradient is a few chunks of logits of 32 MB each, whatever the vocabulary, and with a trainable head up "
+            "to 128 MB of Jacobians, which save computing those logits again.",
             document.table(header, rows),
         ]
     )

@@ -7,8 +7,8 @@ With logits z = f(W h + b), f the model's own scaling or soft-cap divided by the
 
 Both Jacobians are known in the forward pass, before anyone knows the upstream gradient g_n, one number per token. So
 the forward keeps u_n = W^T f'(.) (onehot - p_n), [N, hidden], and the backward is g_n u_n: with a frozen head nothing
-is computed twice. The gradient of a trainable one is the sum of f'(.) (onehot - p_n) g_n h_n^T: the first chunks' Jacobians
-are kept for it, as many as KEPT_ELEMENTS holds, and the logits of the others are computed again in the backward.
+is computed twice. The gradient of a trainable one is the sum of f'(.) (onehot - p_n) g_n h_n^T: the first chunks'
+Jacobians are kept for it, as many as KEPT_ELEMENTS holds, and the others' logits are computed again in the backward.
 """
 
 import types
