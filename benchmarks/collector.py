@@ -102,18 +102,19 @@ def collector(size: Size, folder: Path, kind: str) -> dict[str, Any]:
     """Tokens, and by way the (wall, CPU) seconds of each repeat; with the sleeper the others' seconds."""
     from transformers import AutoTokenizer
 
-    from llmrl.rollout.collector import Collector, GroupPolicy, Limits, Task
+    from llmrl.rollout.collector import Collector, GroupPolicy, Task
+    from llmrl.rollout.episode import Limits
     from llmrl.rollout.rendering import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     engine = build_engine(kind, folder / "model", tokenizer)
-    limits = Limits(max_turns=TURNS, max_completion_length=size.longest)
+    limits = Limits(max_turns=TURNS, max_completion_length=size.longest, cut_turns="end")
 
     def collect(sleep: float) -> Any:
         rows = [{"words": f"w5 w{6 + i % 20}", "sleep": sleep if i == 0 else 0.0} for i in range(size.rollouts)]
         tasks = [Task(i + 1, row, 1, SEED + i) for i, row in enumerate(rows)]
         policy = GroupPolicy(min_rollouts=1)
-        return Collector(engine, Renderer(tokenizer), conversation, limits, policy=policy).collect(tasks)
+        return Collector(engine, Renderer(tokenizer), conversation, limits, unjudged, policy).collect(tasks)
 
     collect(0.0)
     rollouts: list[Any] = []
@@ -153,6 +154,12 @@ def build_engine(kind: str, model: Path, tokenizer: Any) -> Any:
     from llmrl.rollout.huggingface import HuggingFaceEngine
 
     return HuggingFaceEngine(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokenizer)
+
+
+async def unjudged(group: Any) -> None:
+    """The environment's own rewards."""
+    for rollout in group.rollouts:
+        rollout.reward = sum(rollout.environment_rewards.values())
 
 
 def conversation(row: dict[str, Any], seed: int) -> Any:

@@ -10,39 +10,19 @@ Invariants
 
 import asyncio
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
-from llmrl.envs import returned
-from llmrl.envs.protocol import Environment, EnvironmentFactory
+from llmrl.envs.protocol import EnvironmentFactory
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.rollout.dialogue import Dialogue
-from llmrl.rollout.protocol import Engine, SamplingParams, row_seed
-from llmrl.rollout.rendering import ParseFault, Renderer
-from llmrl.rollout.threads import call
-from llmrl.rollout.trajectory import BROKEN, EndState, Rollout, RolloutGroup, Turn
+from llmrl.rollout.episode import Episode, Limits, Stage
+from llmrl.rollout.protocol import Engine, row_seed
+from llmrl.rollout.rendering import Renderer
+from llmrl.rollout.threads import Maker
+from llmrl.rollout.trajectory import BROKEN, Rollout, RolloutGroup
 
-Checked = TypeVar("Checked")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What ends a rollout: turns, tokens of one turn, tokens of the whole context, seconds for one environment call
-    and for the whole rollout (None: no limit), and how many rollouts are under way at once.
-
-    `cut_turns`: whether a turn that ran into `max_completion_length` ends the rollout, or is closed and answered by the
-    environment like any other (as LOOP's authors do; the closing token is no action).
-    """
-
-    max_turns: int = 1
-    max_completion_length: int = 256
-    max_length: int | None = None
-    environment_seconds: float | None = 60.0
-    rollout_seconds: float | None = None
-    concurrent_rollouts: int = 256
-    cut_turns: Literal["end", "go_on"] = "end"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -51,8 +31,9 @@ class GroupPolicy:
 
     fail: an error. retry: again in a fresh environment with another seed, up to `retries` times, then an error. accept:
     left out, as long as the group keeps `min_rollouts`; a smaller group is left out whole.
-    early_stop: once this share of all rollouts has ended and every group has `min_rollouts`, the rest is given up
-    (LOOP's early stop of stragglers, arXiv 2502.01600 and its code); 1 waits for all.
+    early_stop: once this share of all rollouts has ended and every group has `min_rollouts` that did not break (or none
+    under way), the rest is given up (LOOP's early stop of stragglers, arXiv 2502.01600 and its code); 1 waits for all.
+    What broke has ended, too: nobody waits for it any more.
     """
 
     on_error: Literal["fail", "retry", "accept"] = "retry"
@@ -74,12 +55,24 @@ class Task:
 @dataclass
 class Collected:
     """What came of it. `counts` by name: rollouts, ended by end state, retried, given_up, left_out, groups_left_out,
-    rewritten (pieces begun because a chat template rewrote history)."""
+    rewritten (pieces begun because a chat template rewrote history).
+
+    Of the judging, by the names of metrics: `logged`, the values that reward functions gave, of which means are shown,
+    and `tallies`, numbers that add up over collections and ranks. Whoever owns the reward functions puts them here.
+    """
 
     groups: list[RolloutGroup]
     counts: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     num_sampled: int = 0
+    logged: dict[str, list[float]] = field(default_factory=dict)
+    tallies: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def of_judging(self) -> dict[str, float]:
+        """`logged` and `tallies` as metrics."""
+        means = {name: sum(values) / len(values) for name, values in self.logged.items() if values}
+        return {**means, **self.tallies}
 
 
 class ScoreGroup(Protocol):
@@ -100,7 +93,7 @@ class Progress:
 
 
 class Collector:
-    """Rollouts of `environment`s with the policy in `engine`, scored by `score` (None: environments' own rewards).
+    """Rollouts of `environment`s with the policy in `engine`, scored by `score` as soon as a group is whole.
 
     `report` hears about once a second how far it is; what it raises ends the collection.
     """
@@ -111,7 +104,7 @@ class Collector:
         renderer: Renderer,
         environment: EnvironmentFactory,
         limits: Limits,
-        score: ScoreGroup | None = None,
+        score: ScoreGroup,
         policy: GroupPolicy = GroupPolicy(),
         report: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -127,79 +120,88 @@ class _Collection:
     """One call of `collect`."""
 
     def __init__(self, collector: Collector, tasks: Sequence[Task], temperature: float) -> None:
-        self.collector, self.tasks, self.temperature = collector, tasks, temperature
+        self.collector, self.tasks = collector, tasks
         self.limits, self.policy = collector.limits, collector.policy
         self.started = time.monotonic()
+        maker = Maker(collector.environment, self.limits.environment_seconds)
+        self.stage = Stage(collector.engine, collector.renderer, maker, self.limits, temperature)
         self.room = asyncio.Semaphore(self.limits.concurrent_rollouts)
         self.counts: dict[str, int] = {}
         self.ended: dict[tuple[int, int], Rollout] = {}
-        self.places: dict[tuple[int, int], str] = {}  # what each rollout under way waits for
+        self.left = [task.samples for task in tasks]  # rollouts of each task that have not ended
+        self.sound = [0 for _ in tasks]  # those that have ended without breaking
+        self.under_way: set[Episode] = set()
         self.num_sampled = 0
+        self.endings: asyncio.Queue[asyncio.Task[Any]] = asyncio.Queue()
+        self.rolling: set[asyncio.Task[Any]] = set()
         self.scoring: dict[int, asyncio.Task[RolloutGroup]] = {}
+        self.judging: set[asyncio.Task[Any]] = set()  # those of `scoring` that have not ended
 
     async def run(self) -> Collected:
         """The first rollout of every task, then the second of every task, ... (their order in the queue)."""
         most = max((task.samples for task in self.tasks), default=0)
         order = [(t, s) for s in range(most) for t in range(len(self.tasks)) if s < self.tasks[t].samples]
-        running = {asyncio.create_task(self._rollout_until_sound(t, s)): (t, s) for t, s in order}
-        reporting = asyncio.create_task(self._report(len(order)))
+        reporting = self._begun(self._report(len(order)))
+        self.rolling = {self._begun(self._rollout_until_sound(t, s)) for t, s in order}
         try:
-            await self._until_enough(set(running), reporting)
+            while self.rolling and not self._enough(len(order)):
+                await self._next_ending()
+            await self._give_up()
             for t in range(len(self.tasks)):
                 self._start_scoring(t)
-            await self._until_scored(reporting)
+            while self.judging or not self.endings.empty():
+                await self._next_ending()
             scored = {t: self.scoring[t].result() for t in sorted(self.scoring)}
             groups = [group for t, group in scored.items() if self._is_whole(group, self.tasks[t])]
         finally:
-            reporting.cancel()
-            for task in (*running, *self.scoring.values()):
+            remaining = [reporting, *self.rolling, *self.judging]
+            for task in remaining:
                 task.cancel()
-            await asyncio.gather(*running, *self.scoring.values(), reporting, return_exceptions=True)
+            await asyncio.gather(*remaining, return_exceptions=True)
         return Collected(groups, self.counts, time.monotonic() - self.started, self.num_sampled)
 
-    async def _until_enough(self, running: set[asyncio.Task[None]], reporting: asyncio.Task[None]) -> None:
-        """Wait for all rollouts, or for as many as the early stop asks for; the first error ends everything."""
-        total = len(running)
-        while running:
-            await _first_of({*running, *self.scoring.values(), reporting})
-            running = {task for task in running if not task.done()}
-            if running and self.policy.early_stop < 1 and self._enough(total):
-                self._count("given_up", len(running))
-                for task in running:
-                    task.cancel()
-                await asyncio.gather(*running, return_exceptions=True)
-                return
+    def _begun(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        """The work as a task, of whose end `endings` hears."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self.endings.put_nowait)
+        return task
 
-    async def _until_scored(self, reporting: asyncio.Task[None]) -> None:
-        """Wait for all scores; `reporting` goes on hearing of signals while a reward function is slow."""
-        while not all(task.done() for task in self.scoring.values()):
-            await _first_of({*self.scoring.values(), reporting})
+    async def _next_ending(self) -> None:
+        """Wait until a rollout or a scoring ends; an error of any of them, or of `report`, ends everything."""
+        task = await self.endings.get()
+        self.rolling.discard(task)
+        self.judging.discard(task)
+        task.result()
 
     def _enough(self, total: int) -> bool:
-        sound = [0] * len(self.tasks)
-        for (t, _), rollout in self.ended.items():
-            sound[t] += rollout.end_state not in BROKEN
+        """Whether the early stop's share has ended, and no group could still come to `min_rollouts` by waiting."""
+        if len(self.ended) < self.policy.early_stop * total:
+            return False
         least = [min(self.policy.min_rollouts, task.samples) for task in self.tasks]
-        whole = all(have >= need for have, need in zip(sound, least, strict=True))
-        return whole and sum(sound) >= self.policy.early_stop * total
+        return all(not left or have >= need for left, have, need in zip(self.left, self.sound, least, strict=True))
+
+    async def _give_up(self) -> None:
+        """End the rollouts that are still under way."""
+        late = [task for task in self.rolling if not task.done()]
+        for task in late:
+            task.remove_done_callback(self.endings.put_nowait)
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        self.rolling -= set(late)
+        self._count("given_up", sum(task.cancelled() for task in late))
 
     def _start_scoring(self, t: int) -> None:
         """Score what has ended of a task's rollouts, beside the rollouts of others."""
         rollouts = [self.ended[t, s] for s in range(self.tasks[t].samples) if (t, s) in self.ended]
         if rollouts and t not in self.scoring:
             group = RolloutGroup(self.tasks[t].number, self.tasks[t].row, rollouts, place=t)
-            self.scoring[t] = asyncio.create_task(self._score(group))
+            self.scoring[t] = self._begun(self._score(group))
+            self.judging.add(self.scoring[t])
 
     async def _score(self, group: RolloutGroup) -> RolloutGroup:
         """The rollouts of the group that have a reward; those that broke say nothing of the policy and get none."""
         sound = replace(group, rollouts=[r for r in group.rollouts if r.end_state not in BROKEN])
-        if self.collector.score is None:
-            for rollout in sound.rollouts:
-                rollout.scores = dict(rollout.environment_rewards)
-                # An episode that came to its end without any reward was not judged, which is not the same as 0.
-                judged = bool(rollout.scores) or rollout.end_state != "completed"
-                rollout.reward = sum(rollout.environment_rewards.values()) if judged else None
-        elif sound.rollouts:
+        if sound.rollouts:
             await self.collector.score(sound)
         kept = replace(group, rollouts=[r for r in sound.rollouts if r.reward is not None])
         self._count("left_out", len(group.rollouts) - len(kept.rollouts))
@@ -220,10 +222,9 @@ class _Collection:
                 if attempt:
                     self._count("retried", 1)
                 seed = row_seed(task.seed, s, attempt)
-                rollout = await self._rollout(task, s, seed, (t, s))
+                rollout = await self._rollout(task, s, seed)
                 if rollout.end_state not in BROKEN:
                     break
-        self.places.pop((t, s), None)
         if rollout.end_state in BROKEN and self.policy.on_error != "accept":
             tries = f", {attempt + 1} times in a row," if attempt else ""
             raise RunFailedError(
@@ -234,21 +235,29 @@ class _Collection:
         self._count(rollout.end_state, 1)
         self.num_sampled += rollout.num_sampled
         self.ended[t, s] = rollout
-        if all((t, other) in self.ended for other in range(task.samples)):
+        self.left[t] -= 1
+        self.sound[t] += rollout.end_state not in BROKEN
+        if not self.left[t]:
             self._start_scoring(t)
 
-    async def _rollout(self, task: Task, s: int, seed: int, place: tuple[int, int]) -> Rollout:
+    async def _rollout(self, task: Task, s: int, seed: int) -> Rollout:
         started = time.monotonic()
-        episode = _Episode(self, task.row, seed, place)
+        episode = Episode(self.stage, task.row, seed)
+        self.under_way.add(episode)
         try:
-            async with asyncio.timeout(self.limits.rollout_seconds):
+            async with asyncio.timeout(self.limits.rollout_seconds) as limit:
                 end, what = await episode.play()
         except TimeoutError:
+            if not limit.expired():
+                raise
             end, what = "error-timeout", f"not done after rollout_seconds {self.limits.rollout_seconds:g}"
         except RefusedError as refused:  # the data does not fit the engine or the template: not this rollout's fault
             raise RefusedError(f"row {task.number}: {refused}") from refused
         finally:
             await episode.close()
+            self.under_way.discard(episode)
+            self._count("rewritten", episode.rewritten)
+            self._count("close_failed", episode.close_failed)
         return episode.rollout(task.number, s, end, what, time.monotonic() - started)
 
     def _count(self, name: str, number: int) -> None:
@@ -260,128 +269,7 @@ class _Collection:
             await asyncio.sleep(1.0)
             if self.collector.report is None:
                 continue
-            kinds = list(self.places.values())
+            kinds = [episode.waits_for for episode in self.under_way]
             most = max(set(kinds), key=kinds.count) if kinds else "nothing"
             seconds = time.monotonic() - self.started
             self.collector.report(Progress(len(self.ended), total, self.num_sampled, seconds, most))
-
-
-async def _first_of(tasks: set[asyncio.Task[Any]]) -> None:
-    """Until one of them ends that has not ended yet; raises what any of them has raised."""
-    await asyncio.wait({task for task in tasks if not task.done()}, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        if task.done():
-            task.result()
-
-
-class _Episode:
-    """The token side and the environment side of one rollout, brought together."""
-
-    def __init__(self, collection: _Collection, row: dict[str, Any], seed: int, place: tuple[int, int]) -> None:
-        self.collection, self.row, self.seed, self.place = collection, row, seed, place
-        self.limits, self.engine = collection.limits, collection.collector.engine
-        self.environment: Environment | None = None
-        self.dialogue: Dialogue | None = None
-        self.opening = 0
-        self.turns: list[Turn] = []
-
-    async def play(self) -> tuple[EndState, str]:
-        """To the end; returns how it ended, and what went wrong where something did."""
-        try:
-            messages, tools = _checked(returned.opening, await self._environment("init"))
-        except _BrokenEnvironment as broken:
-            return broken.end_state, broken.what
-        self.dialogue = Dialogue(self.collection.collector.renderer, messages, tools)
-        self.opening = len(self.dialogue.messages)
-        for turn in range(self.limits.max_turns):
-            room = self._room()
-            if room < 1:
-                return ("truncated-length" if turn else "truncated-prompt"), ""
-            message = await self._complete(self.dialogue, turn, room)
-            if isinstance(message, ParseFault):
-                return "error-parse", message.reason
-            cut = self.turns[-1].finish_reason == "length"
-            if cut and self.limits.max_turns > 1 and self._ends_here(room):
-                return "truncated-length", ""
-            try:
-                result = _checked(returned.step_result, await self._environment("step", message))
-            except _BrokenEnvironment as broken:
-                return broken.end_state, broken.what
-            self.turns[-1] = replace(self.turns[-1], rewards=result.rewards)
-            if result.done:
-                return ("truncated-length" if cut and self.limits.max_turns == 1 else "completed"), ""
-            try:
-                extends = self.dialogue.extend(result.messages)
-            except RefusedError as error:  # it said nothing, or what the chat template refuses
-                return "error-abort", str(error)
-            if not extends:
-                self.collection._count("rewritten", 1)
-        return "truncated-turns", ""
-
-    def _ends_here(self, room: int) -> bool:
-        """Whether a turn that had `room` and was cut is the last: also where the whole context is full."""
-        return self.limits.cut_turns == "end" or room < self.limits.max_completion_length
-
-    def _room(self) -> int:
-        assert self.dialogue is not None
-        most = self.limits.max_completion_length
-        if self.limits.max_length is None:
-            return most
-        return min(most, self.limits.max_length - len(self.dialogue.prompt_ids))
-
-    async def _complete(self, dialogue: Dialogue, turn: int, room: int) -> dict[str, Any] | ParseFault:
-        self.collection.places[self.place] = "the engine"
-        sampling = SamplingParams(room, self.collection.temperature, seed=row_seed(self.seed, turn, 0))
-        found = await self.engine.complete(dialogue.prompt_ids, sampling)
-        message = dialogue.complete(found.token_ids, found.finish_reason)
-        pieces = dialogue.pieces()
-        piece, (_, start, end) = len(pieces) - 1, pieces[-1].turns[-1]
-        self.turns.append(Turn(piece, start, end, found.logprobs, found.finish_reason, found.policy_version))
-        return message
-
-    async def _environment(self, method: str, *arguments: Any) -> Any:
-        """Call the environment (made at the first call); raises _BrokenEnvironment."""
-        self.collection.places[self.place] = f"the environment's {method}"
-        seconds = self.limits.environment_seconds
-        try:
-            if self.environment is None:
-                self.environment = self.collection.collector.environment(self.row, self.seed)
-            return await call(getattr(self.environment, method), *arguments, timeout=seconds)
-        except TimeoutError:
-            raise _BrokenEnvironment("error-timeout", f"{method}() took longer than {seconds:g} s") from None
-        except (RefusedError, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{method}() raised {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-            raise _BrokenEnvironment("error-abort", what) from error
-
-    async def close(self) -> None:
-        """Close the environment; whatever goes wrong there no longer matters to the rollout."""
-        if self.environment is not None:
-            try:
-                await call(self.environment.close, timeout=self.limits.environment_seconds)
-            except Exception:
-                self.collection._count("close_failed", 1)
-
-    def rollout(self, row: int, sample: int, end: EndState, error: str, seconds: float) -> Rollout:
-        """The record of what was played."""
-        pieces = [] if self.dialogue is None else [piece.token_ids for piece in self.dialogue.pieces()]
-        messages = [] if self.dialogue is None else self.dialogue.messages
-        return Rollout(row, sample, self.seed, pieces, self.turns, messages, self.opening, end, error, seconds=seconds)
-
-
-def _checked(check: Callable[[Any], Checked], value: Any) -> Checked:
-    """What an environment's method returned, as `check` has it; raises _BrokenEnvironment."""
-    try:
-        return check(value)
-    except ValueError as error:
-        raise _BrokenEnvironment("error-abort", str(error)) from error
-
-
-class _BrokenEnvironment(Exception):
-    """The environment raised or overran; how the rollout ends, and what happened."""
-
-    def __init__(self, end_state: EndState, what: str) -> None:
-        super().__init__(what)
-        self.end_state, self.what = end_state, what

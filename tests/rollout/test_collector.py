@@ -1,8 +1,10 @@
 """The collector with a real engine: nobody waits for anybody, every rollout ends once, broken ones are dealt with."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from support.words import word_tokenizer
 
 from llmrl.envs.protocol import Message, StepResult
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.rollout.collector import Collected, Collector, GroupPolicy, Limits, Task
+from llmrl.rollout.collector import Collected, Collector, GroupPolicy, ScoreGroup, Task
+from llmrl.rollout.episode import Limits
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.rendering import Renderer
 from llmrl.rollout.trajectory import RolloutGroup
@@ -42,7 +45,13 @@ def engine(**options: Any) -> HuggingFaceEngine:
     return HuggingFaceEngine(lm, TOKENIZER, **options)  # next to uniform, so a turn ends after 23 tokens or so
 
 
-LIMITS = Limits(max_turns=3, max_completion_length=60)
+LIMITS = Limits(max_turns=3, max_completion_length=60, cut_turns="end")
+
+
+async def own_rewards(group: RolloutGroup) -> None:
+    """The environment's rewards alone."""
+    for rollout in group.rollouts:
+        rollout.reward = sum(rollout.environment_rewards.values())
 
 
 def collect(
@@ -51,11 +60,13 @@ def collect(
     samples: int = 4,
     limits: Limits = LIMITS,
     own_engine: HuggingFaceEngine | None = None,
+    score: ScoreGroup = own_rewards,
     **options: Any,
 ) -> Collected:
     words = ["red", "green", "blue", "one", "two"]
     asked = [Task(i + 1, {"word": words[i % 5]}, samples, seed=100 + i) for i in range(tasks)]
-    return Collector(own_engine or engine(), Renderer(TOKENIZER), environment, limits, **options).collect(asked)
+    collector = Collector(own_engine or engine(), Renderer(TOKENIZER), environment, limits, score, **options)
+    return collector.collect(asked)
 
 
 def test_tokens_turns_and_rewards_are_those_of_the_episode() -> None:
@@ -83,7 +94,7 @@ def test_the_same_seeds_give_the_same_rollouts_to_the_bit_whatever_runs_beside()
     assert [g.rollouts[0].turns for g in first.groups] == [g.rollouts[0].turns for g in second.groups]
     alone = collect(tasks=1)
     assert [r.sampled_ids for r in alone.groups[0].rollouts] == [r.sampled_ids for r in first.groups[0].rollouts]
-    few = collect(limits=Limits(max_turns=3, max_completion_length=60, concurrent_rollouts=2))
+    few = collect(limits=replace(LIMITS, concurrent_rollouts=2))
     assert [r.sampled_ids for g in few.groups for r in g.rollouts] == [
         r.sampled_ids for g in first.groups for r in g.rollouts
     ]
@@ -109,6 +120,94 @@ def test_an_environment_that_sleeps_delays_nobody_else() -> None:
     collect(Noted, tasks=5, samples=2)
     assert sorted(ended[:8]) == sorted(["green", "blue", "one", "two"] * 2)
     assert ended[8:] == ["red"] * 2
+
+
+class Built(Talk):
+    """Its constructor waits for an event, if it is the first row's."""
+
+    def __init__(self, row: dict[str, Any], seed: int) -> None:
+        if row["word"] == "red":
+            assert type(self).event.wait(20)
+        super().__init__(row, seed)
+
+
+def built(event: threading.Event, **members: Any) -> type[Built]:
+    return type("Own", (Built,), {"event": event, **members})
+
+
+def test_a_constructor_that_blocks_delays_nobody_else() -> None:
+    """It ends only once all others have, which they could not if it held them up."""
+    others_ended, ended = threading.Event(), []
+
+    async def close(self: Built) -> None:
+        ended.append(self.row["word"])
+        if len(ended) == 8:
+            others_ended.set()
+
+    found = collect(built(others_ended, close=close), tasks=5, samples=2)
+    assert [len(g.rollouts) for g in found.groups] == [2] * 5
+    assert ended[8:] == ["red"] * 2
+
+
+def test_a_constructor_that_takes_too_long_breaks_its_rollout_and_what_it_made_is_closed() -> None:
+    late, closed = threading.Event(), threading.Event()
+
+    async def close(self: Built) -> None:
+        if self.row["word"] == "red":
+            closed.set()
+
+    limits = Limits(max_turns=3, max_completion_length=60, environment_seconds=0.2)
+    found = collect(built(late, close=close), limits=limits, policy=GroupPolicy(on_error="accept"))
+    assert [g.number for g in found.groups] == [2, 3]
+    assert found.counts["error-timeout"] == 4
+    assert not closed.is_set()
+    late.set()
+    assert closed.wait(20)
+    with pytest.raises(RunFailedError, match=r"row 1.*error-timeout.*__init__\(\) took longer than 0.2 s"):
+        collect(built(threading.Event()), limits=limits, policy=GroupPolicy(on_error="fail"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyError("no such board"), r"__init__\(\) raised KeyError: 'no such board' \(.*test_collector"),
+        (TimeoutError("the server is asleep"), r"__init__\(\) raised TimeoutError: the server is asleep"),
+        (SystemExit(3), r"__init__\(\) raised RuntimeError: SystemExit\(3\) \(.*test_collector"),
+    ],
+)
+def test_what_a_constructor_raises_breaks_its_rollout_in_words(error: BaseException, words: str) -> None:
+    class Unmade(Talk):
+        def __init__(self, row: dict[str, Any], seed: int) -> None:
+            raise error
+
+    with pytest.raises(RunFailedError, match=f"row 1.*error-abort.*{words}"):
+        collect(Unmade, policy=GroupPolicy(on_error="fail"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("cancelled", r"step\(\) cancelled itself"),
+        ("late", r"step\(\) raised TimeoutError: no answer from the game"),
+        ("exit", r"step\(\) raised SystemExit: 3"),
+        ("half a character", r"the tokenizer cannot take .*\\ud83d"),
+    ],
+)
+def test_odd_ends_of_a_step_break_its_rollout_and_not_the_run(fault: str, words: str) -> None:
+    class Odd(Talk):
+        async def step(self, message: Message) -> StepResult:
+            if fault == "cancelled":
+                gone = asyncio.get_running_loop().create_future()
+                gone.cancel()
+                await gone
+            if fault == "late":
+                raise TimeoutError("no answer from the game")
+            if fault == "exit":
+                raise SystemExit(3)
+            return StepResult([{"role": "user", "content": "red \ud83d"}])
+
+    with pytest.raises(RunFailedError, match=f"row \\d.*error-abort.*{words}"):
+        collect(Odd, policy=GroupPolicy(on_error="fail"))
 
 
 class Raiser(Talk):
@@ -199,8 +298,44 @@ def test_stragglers_are_given_up_once_enough_is_there() -> None:
     assert found.counts["given_up"] == 1
 
 
+def test_what_broke_has_ended_too_and_holds_no_early_stop_up() -> None:
+    """Nine of twelve are sound, less than the share asked for; one rollout never ends, and a whole row breaks."""
+
+    class Few(Talk):
+        slow = False
+
+        async def step(self, message: Message) -> StepResult:
+            if self.row["word"] == "green":
+                raise ValueError("broken board")
+            if self.row["word"] == "blue" and not type(self).slow:
+                type(self).slow = True
+                await asyncio.sleep(3600)
+            return await super().step(message)
+
+    found = collect(Few, policy=GroupPolicy(on_error="accept", min_rollouts=3, early_stop=0.9))
+    assert [(g.number, len(g.rollouts)) for g in found.groups] == [(1, 4), (3, 3)]
+    assert (found.counts["given_up"], found.counts["error-abort"]) == (1, 4)
+
+
+def test_the_first_error_ends_what_never_would() -> None:
+    class Faulty(Endless):
+        async def step(self, message: Message) -> StepResult:
+            if self.row["word"] == "red":
+                raise KeyError("no such cat")
+            return await super().step(message)
+
+    with pytest.raises(RunFailedError, match=r"row 1.*no such cat"):
+        collect(Faulty, policy=GroupPolicy(on_error="fail"))
+
+    async def score(group: RolloutGroup) -> None:
+        raise RunFailedError("no judge")
+
+    with pytest.raises(RunFailedError, match="no judge"):
+        collect(Endless, score=score)
+
+
 def test_limits_of_turns_and_of_length() -> None:
-    found = collect(limits=Limits(max_turns=2, max_completion_length=60))
+    found = collect(limits=Limits(max_turns=2, max_completion_length=60, cut_turns="end"))
     states = {r.end_state for g in found.groups for r in g.rollouts}
     assert states <= {"truncated-turns", "truncated-length"}
     assert "truncated-turns" in states
@@ -267,19 +402,10 @@ def test_opening_messages_with_tools_and_short_tuples_are_taken() -> None:
     assert all(r.reward == 0.0 for g in found.groups for r in g.rollouts)
 
 
-def test_an_episode_that_nobody_judged_has_no_reward() -> None:
-    class Silent(Talk):
-        async def step(self, message: Message) -> StepResult:
-            return (await super().step(message))._replace(rewards={})
-
-    found = collect(Silent, policy=GroupPolicy(min_rollouts=1))
-    assert found.counts["left_out"] == found.counts["completed"]
-
-
 def test_a_cut_turn_ends_the_rollout_or_is_closed_and_answered() -> None:
-    ended = collect(limits=Limits(max_turns=3, max_completion_length=2))
+    ended = collect(limits=Limits(max_turns=3, max_completion_length=2, cut_turns="end"))
     assert {r.end_state for g in ended.groups for r in g.rollouts} == {"truncated-length"}
-    gone_on = collect(limits=Limits(max_turns=3, max_completion_length=2, cut_turns="go_on"))
+    gone_on = collect(limits=Limits(max_turns=3, max_completion_length=2))
     rollouts = [r for g in gone_on.groups for r in g.rollouts]
     assert {r.end_state for r in rollouts} == {"completed"}
     for rollout in rollouts:
