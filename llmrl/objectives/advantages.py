@@ -125,16 +125,6 @@ def reward_to_go(rewards_N: Tensor, sequence_index_N: Tensor, gamma: float = 1.0
     return discounted_sums(rewards_N.double(), sequence_index_N, gamma).to(rewards_N.dtype)
 
 
-def value_baseline(
-    rewards_S: Tensor, values_N: Tensor, sequence_index_N: Tensor, limits: tuple[float, float] = (0.0, 1.0)
-) -> Tensor:
-    """[S], [N] -> [N]: A_t = R - clip(V_t), LOOP's ablation with a critic (arXiv 2502.01600, C.5: lam = gamma = 1).
-
-    The values are cut to the range of the rewards inside the advantage only, not in the critic's regression.
-    """
-    return rewards_S.to(values_N.dtype)[sequence_index_N] - values_N.clamp(*limits)
-
-
 def discounted_sums(values_N: Tensor, sequence_index_N: Tensor, factor: float) -> Tensor:
     """[N] -> [N]: y_t = x_t + factor y_{t+1}, from each sequence's end to its beginning.
 

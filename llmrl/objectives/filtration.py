@@ -170,16 +170,9 @@ def reward_fit(
     """
     r, s = rewards_S.double(), correct_S.double()
     w = torch.ones_like(r) if weights_S is None else weights_S.double()
-    if edges is not None:
-        interval_S = torch.bucketize(r, edges.double())
-        sums = [torch.zeros(len(edges) + 1, dtype=r.dtype).index_add(0, interval_S, x) for x in (w, w * r, w * s)]
-        occupied = sums[0] > 0
-        r, s, w = (
-            sums[1][occupied] / sums[0][occupied],
-            sums[2][occupied] / sums[0][occupied],
-            sums[0][occupied] * 0 + 1,
-        )
-    return _line(r, s, w)
+    if edges is None:
+        return _line(r, s, w)
+    return _line_of_intervals(_sums(torch.bucketize(r, edges.double()), len(edges) + 1, r, s, w))
 
 
 def reward_edges(rewards_S: Tensor, intervals: int = 20) -> Tensor:
@@ -192,21 +185,37 @@ def bootstrap_r_squared(
     correct_S: Tensor,
     weights_S: Tensor,
     group_index_S: Tensor,
-    edges: Tensor | None,
+    edges: Tensor,
     generator: torch.Generator,
     draws: int = 200,
 ) -> tuple[float, float] | None:
-    """95% interval of the R^2 over resampled prompts (groups); None where too few resamples define it."""
+    """95% interval of `reward_fit`'s R^2 over resampled prompts (groups); None where too few resamples define it."""
+    num_groups = int(group_index_S.max()) + 1
+    cell_S = group_index_S * (len(edges) + 1) + torch.bucketize(rewards_S.double(), edges.double())
+    sums_IGE = _sums(cell_S, num_groups * (len(edges) + 1), rewards_S, correct_S, weights_S)
+    sums_IGE = sums_IGE.view(3, num_groups, len(edges) + 1)
     found = []
     for _ in range(draws):
-        num_groups = int(group_index_S.max()) + 1
         times_G = torch.randint(num_groups, (num_groups,), generator=generator).bincount(minlength=num_groups)
-        fit = reward_fit(rewards_S, correct_S, weights_S * times_G[group_index_S], edges)
+        fit = _line_of_intervals(torch.einsum("g,ige->ie", times_G.double(), sums_IGE))
         found += [] if fit.r_squared is None else [fit.r_squared]
     if len(found) < draws / 2:
         return None
     low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
+
+
+def _sums(cell_S: Tensor, num_cells: int, rewards_S: Tensor, correct_S: Tensor, weights_S: Tensor) -> Tensor:
+    """[3, cells]: the sums of weights, of weighted rewards, and of weighted scores in each cell."""
+    r, s, w = rewards_S.double(), correct_S.double(), weights_S.double()
+    return torch.zeros(3, num_cells, dtype=torch.float64).index_add(1, cell_S, torch.stack([w, w * r, w * s]))
+
+
+def _line_of_intervals(sums_IE: Tensor) -> LineFit:
+    """Through the weighted means of the intervals with weight in them, each one point."""
+    occupied = sums_IE[0] > 0
+    weights, rewards, scores = sums_IE[:, occupied]
+    return _line(rewards / weights, scores / weights, torch.ones_like(weights))
 
 
 def _line(r: Tensor, s: Tensor, w: Tensor) -> LineFit:

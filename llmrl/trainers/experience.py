@@ -1,8 +1,9 @@
 """A step's rollouts as the learner takes them, and the optimizer steps that are made of them.
 
     experience = Experience(groups)              # from the collector
-    experience.score(learner, algorithm)         # old, reference and value predictions, where the algorithm needs them
-    experience.assign_advantages(algorithm)
+    experience.assign_advantages(algorithm)      # after `score` where they are made of more than rewards
+    experience.keep(...)                         # those that are trained on
+    experience.score(learner, ...)               # old and reference log-probabilities of these
     metrics = experience.train(learner, objective, ...)
 
 Invariants
@@ -29,11 +30,13 @@ from llmrl.rollout.trajectory import Rollout, RolloutGroup
 
 @dataclass
 class Sample:
-    """One rollout: its pieces for the learner, its reward, and which prompt of the step it answers."""
+    """One rollout: its pieces for the learner, its reward, which prompt of the step it answers, and whether a limit cut
+    it off."""
 
     pieces: Group
     reward: float
     group: int
+    cut: bool
 
     @property
     def num_scored(self) -> int:
@@ -44,8 +47,9 @@ class Experience:
     """The rollouts of one step that have a reward and at least one sampled token."""
 
     def __init__(self, groups: Sequence[RolloutGroup]) -> None:
+        self.scored = False
         self.samples = [
-            Sample(pieces, float(rollout.reward) + rollout.penalty, number)
+            Sample(pieces, float(rollout.reward) + rollout.penalty, number, not rollout.ended_by_itself)
             for number, group in enumerate(groups)
             for rollout in group.rollouts
             if rollout.reward is not None and (pieces := token_sequences(rollout, {"reward": rollout.reward}))
@@ -73,29 +77,33 @@ class Experience:
         found = [part for part in parts if part is not None]
         return torch.from_numpy(np.concatenate(found)) if found and len(found) == len(parts) else None
 
-    def set_token_values(self, name: str, values_N: Tensor) -> None:
-        """Give every scored token a number under this name."""
-        numbers = iter(_split(values_N.float().numpy(), [p.num_scored for s in self.samples for p in s.pieces]))
-        for sample in self.samples:
+    def set_token_values(self, name: str, values_N: Tensor, indices: Iterable[int] | None = None) -> None:
+        """Give every scored token (of the rollouts at these indices) a number under this name."""
+        chosen = self.samples if indices is None else [self.samples[i] for i in indices]
+        numbers = iter(_split(values_N.float().numpy(), [p.num_scored for s in chosen for p in s.pieces]))
+        for sample in chosen:
             sample.pieces = tuple(
                 replace(piece, token_values={**piece.token_values, name: next(numbers)}) for piece in sample.pieces
             )
 
-    def score(self, learner: Learner, *, old: bool, reference: bool, values: bool) -> None:
+    def score(self, learner: Learner, *, old: bool, reference: bool, values: bool, idle: bool = True) -> None:
         """Ask the learner, as it is now, for what the updates will compare with: `old_logprobs`, `old_values`, and the
-        reference's log-probabilities."""
-        groups = self._groups(range(len(self)), learner.options.tokens_per_microbatch)
-        if old or values:
+        reference's log-probabilities. `idle` False: not of rollouts without an advantage, which no update computes."""
+        self.scored = True
+        chosen = [i for i in range(len(self)) if idle or self._has_advantage(i)]
+        groups = self._groups(chosen, learner.options.tokens_per_microbatch)
+        if chosen and (old or values):
             scored = [piece for group in learner.scores(groups) for piece in group]
-            self.set_token_values("old_logprobs", _joined(piece.logprobs for piece in scored))
+            self.set_token_values("old_logprobs", _joined(piece.logprobs for piece in scored), chosen)
             if values:
                 found = [piece.values for piece in scored if piece.values is not None]
                 assert len(found) == len(scored), "values need a value head"
-                self.set_token_values("old_values", _joined(found))
-        if reference:
+                self.set_token_values("old_values", _joined(found), chosen)
+        if chosen and reference:
             parts = iter([piece for group in learner.logprobs(groups, of_reference=True) for piece in group])
-            for sample in self.samples:
-                sample.pieces = tuple(replace(piece, reference_logprobs=next(parts)) for piece in sample.pieces)
+            for i in chosen:
+                pieces = self.samples[i].pieces
+                self.samples[i].pieces = tuple(replace(piece, reference_logprobs=next(parts)) for piece in pieces)
 
     def reference_logprobs(self) -> Tensor | None:
         """[N], or None where `score` was not asked for them."""
@@ -125,6 +133,12 @@ class Experience:
         """Only these rollouts, in their old order."""
         self.samples = [self.samples[i] for i in sorted(indices)]
 
+    def leave_out_cut(self) -> int:
+        """Take away the rollouts that a limit cut off, of which there were so many; the others' advantages stay."""
+        before = len(self)
+        self.samples = [sample for sample in self.samples if not sample.cut]
+        return before - len(self)
+
     def set_weights(self, weights_S: Sequence[float]) -> None:
         """How many times each rollout counts; those that count 0 times leave."""
         for sample, weight in zip(self.samples, weights_S, strict=True):
@@ -140,15 +154,17 @@ class Experience:
         rollouts_per_update: int | None,
         seed: int,
         skip_idle: bool,
+        whole_prompts: bool = False,
         language: bool = True,
     ) -> dict[str, float]:
-        """All optimizer steps of one step of the method; returns the means of their metrics.
+        """All optimizer steps of one step of the method; returns the means of their metrics, `num_trained_tokens` of
+        the sequences that went into them and `num_computed_tokens` that were computed for it, once for each epoch.
 
         Every epoch goes through all rollouts once, in an order drawn from `seed`, `rollouts_per_update` at a time
-        (None: all). `skip_idle`: rollouts without an advantage add nothing to the gradient and are not computed.
-        `language` False trains the value head alone.
+        (None: all); `whole_prompts`: about as many, a prompt's rollouts in one update. `skip_idle`: rollouts without an
+        advantage add nothing to the gradient and are not computed. `language` False trains the value head alone.
         """
-        batches = self._minibatches(epochs, rollouts_per_update, seed)
+        batches = self._minibatches(epochs, rollouts_per_update, seed, whole_prompts)
         done: list[dict[str, float]] = []
         for indices in batches:
             counts = totals(self._groups(indices))
@@ -164,11 +180,21 @@ class Experience:
     def _has_advantage(self, index: int) -> bool:
         return any(bool(np.any(piece.token_values["advantages"])) for piece in self.samples[index].pieces)
 
-    def _minibatches(self, epochs: int, size: int | None, seed: int) -> list[list[int]]:
+    def _minibatches(self, epochs: int, size: int | None, seed: int, whole_prompts: bool = False) -> list[list[int]]:
         count = len(self.samples)
         if size is None or size >= count:
             return [list(range(count)) for _ in range(epochs)] if count else []
         draw = np.random.RandomState(seed % 2**32)
+        if whole_prompts:
+            members: dict[int, list[int]] = {}
+            for index, sample in enumerate(self.samples):
+                members.setdefault(sample.group, []).append(index)
+            prompts = list(members.values())
+            return [
+                batch
+                for _ in range(epochs)
+                for batch in _near(size, [prompts[i] for i in draw.permutation(len(prompts))])
+            ]
         orders: list[NDArray[np.int64]] = [draw.permutation(count) for _ in range(epochs)]
         return [order[start : start + size].tolist() for order in orders for start in range(0, count, size)]
 
@@ -222,6 +248,17 @@ def _within(rollouts: list[Group], budget: int | None) -> list[Group]:
     return groups
 
 
+def _near(size: int, prompts: Iterable[list[int]]) -> list[list[int]]:
+    """The prompts' rollouts in order, cut between prompts where that comes nearest to batches of `size`."""
+    batches: list[list[int]] = []
+    for rollouts in prompts:
+        if batches and 2 * len(batches[-1]) + len(rollouts) <= 2 * size:
+            batches[-1] = batches[-1] + rollouts
+        else:
+            batches.append(rollouts)
+    return batches
+
+
 def _fits(group: Group, budget: int) -> bool:
     """Whether the group is computed within the budget; the tree is only built where the plain sum leaves a doubt."""
     return sum(len(piece.token_ids) for piece in group) <= budget or num_unique_tokens(group) <= budget
@@ -238,11 +275,14 @@ def _split(values: NDArray[np.float32], counts: Sequence[int]) -> list[Floats]:
 def _means(updates: Sequence[dict[str, float]], learning_rate: float) -> dict[str, float]:
     """Over the updates; tokens are added up, of extremes the largest or smallest is taken."""
     if not updates:
-        return {"loss": 0.0, "grad_norm": 0.0, "learning_rate": learning_rate, "num_tokens": 0.0}
+        nothing = dict.fromkeys(("loss", "grad_norm", "num_trained_tokens", "num_computed_tokens"), 0.0)
+        return {**nothing, "learning_rate": learning_rate}
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for update in updates for name in update):
         numbers = [update[name] for update in updates if name in update]
-        if name in ("num_tokens", "num_computed_tokens", "skipped_updates"):
+        if name == "num_tokens":  # of the updates' sequences; a run's are those of its rollouts
+            merged["num_trained_tokens"] = sum(numbers)
+        elif name in ("num_computed_tokens", "skipped_updates"):
             merged[name] = sum(numbers)
         elif name.endswith(("max", "min")):
             merged[name] = max(numbers) if name.endswith("max") else min(numbers)

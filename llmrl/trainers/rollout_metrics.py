@@ -1,35 +1,33 @@
 """What is logged of rollouts, under TRL's names where the quantity is the same."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from llmrl.evaluation.intervals import mean_interval
 from llmrl.rollout.collector import Collected
-from llmrl.rollout.trajectory import Rollout, mean_reward
+from llmrl.rollout.trajectory import Rollout, RolloutGroup, mean_reward
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
-    """TRL's names where the quantity is the same."""
+    """TRL's names where the quantity is the same: `num_tokens` are those of the first prompts and of what was sampled,
+    each rollout once; lengths are sampled tokens of a rollout; clipped is one whose last turn has no stop token."""
     groups = collected.groups
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    stds = [float(np.std(group.rewards, ddof=1)) for group in groups if len(group.rewards) > 1]
-    equal = [float(len(set(group.rewards)) < 2) for group in groups]
-    lengths = [rollout.num_sampled for rollout in rollouts]
     metrics: dict[str, float] = {
         "reward": mean_reward(groups),
-        "reward_std": sum(stds) / max(len(stds), 1),
-        "frac_reward_zero_std": sum(equal) / max(len(equal), 1),
+        **_spread(groups),
         "rollouts": float(len(rollouts)),
+        "num_tokens": float(sum(r.turns[0].start + r.num_sampled for r in rollouts if r.turns)),
         "rollout_seconds": collected.seconds,
         "sampled_tokens_per_second": collected.num_sampled / max(collected.seconds, 1e-9),
     }
     if rollouts:
-        ended = [r.num_sampled for r in rollouts if not r.truncated]
+        terminated = [r.num_sampled for r in rollouts if r.ends_in_stop]
         metrics |= {
-            "completions/mean_length": float(np.mean(lengths)),
-            "completions/min_length": float(min(lengths)),
-            "completions/max_length": float(max(lengths)),
-            "completions/mean_terminated_length": float(np.mean(ended)) if ended else 0.0,
-            "completions/clipped_ratio": 1 - len(ended) / len(rollouts),
+            **_lengths([r.num_sampled for r in rollouts], "length"),
+            **_lengths(terminated or [0], "terminated_length"),
+            "completions/clipped_ratio": 1 - len(terminated) / len(rollouts),
             "rollout/turns": float(np.mean([len(r.turns) for r in rollouts])),
         }
     for name in sorted({name for rollout in rollouts for name in rollout.scores}):
@@ -40,16 +38,46 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     return metrics | {f"rollout/{name}": float(count) for name, count in sorted(unusual.items())}
 
 
-def heldout_metrics(rollouts: list[Rollout], asked: int) -> dict[str, float]:
-    """Mean reward with a 95% interval, means of the scores, shares of the end states that are no completion."""
-    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+def _spread(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Mean standard deviation of a prompt's rewards, and the share of prompts whose rewards are all equal. Where each
+    prompt has one rollout only, the deviation is that of the step's rewards and there is no share."""
+    several = [group.rewards for group in groups if len(group.rewards) > 1]
+    if several:
+        stds = [float(np.std(rewards, ddof=1)) for rewards in several]
+        equal = [len(set(rewards)) == 1 for rewards in several]
+        return {"reward_std": float(np.mean(stds)), "frac_reward_zero_std": float(np.mean(equal))}
+    rewards = [reward for group in groups for reward in group.rewards]
+    return {"reward_std": float(np.std(rewards, ddof=1)) if len(rewards) > 1 else 0.0}
+
+
+def _lengths(lengths: Sequence[int], name: str) -> dict[str, float]:
+    return {
+        f"completions/mean_{name}": float(np.mean(lengths)),
+        f"completions/min_{name}": float(min(lengths)),
+        f"completions/max_{name}": float(max(lengths)),
+    }
+
+
+def heldout_metrics(groups: Sequence[RolloutGroup], asked: int) -> dict[str, float]:
+    """Mean reward over `n` rows with a 95% interval, means of the scores, shares of the end states that are no
+    completion. `asked`: how many rollouts there should be. Of several rollouts of a row the mean counts, as one
+    observation: they are not independent of one another."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = _row_means(groups, lambda rollout: rollout.reward)
     mean, low, high = mean_interval(rewards)
     metrics = {"reward": mean, "reward_interval_low": low, "reward_interval_high": high, "n": float(len(rewards))}
     for name in sorted({name for rollout in rollouts for name in rollout.scores}):
-        values = [v for rollout in rollouts if (v := rollout.scores.get(name)) is not None]
+        values = _row_means(groups, lambda rollout, name=name: rollout.scores.get(name))  # type: ignore[misc]
         metrics[name] = float(np.mean(values)) if values else float("nan")
     metrics["truncated"] = sum(r.truncated for r in rollouts) / max(len(rollouts), 1)
     metrics["mean_length"] = float(np.mean([r.num_sampled for r in rollouts])) if rollouts else 0.0
-    if asked > len(rewards):
-        metrics["without_reward"] = float(asked - len(rewards))
+    rewarded = sum(rollout.reward is not None for rollout in rollouts)
+    if asked > rewarded:
+        metrics["without_reward"] = float(asked - rewarded)
     return metrics
+
+
+def _row_means(groups: Sequence[RolloutGroup], value: Callable[[Rollout], float | None]) -> list[float]:
+    """The mean over each row's rollouts that have the value; rows without any are left out."""
+    found = [[v for rollout in group.rollouts if (v := value(rollout)) is not None] for group in groups]
+    return [sum(values) / len(values) for values in found if values]

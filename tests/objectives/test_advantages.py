@@ -16,7 +16,6 @@ from llmrl.objectives.advantages import (
     reward_to_go,
     shaped_rewards,
     shaped_scores,
-    value_baseline,
     whiten,
     worth_training,
 )
@@ -148,11 +147,6 @@ def test_whitening_before_and_after_filtering() -> None:
     assert whiten(advantages[:1], unbiased=False).tolist() == [0]
     counts = torch.tensor([2.0, 0, 0, 0, 1])
     close(whiten(advantages, counts)[[0, 0, 4]], whiten(advantages[[0, 0, 4]]).tolist())
-
-
-def test_a_critic_as_baseline() -> None:
-    values, index = torch.tensor([-0.1, 0.4, 1.3]), torch.zeros(3, dtype=torch.long)
-    close(value_baseline(torch.tensor([0.75]), values, index), [0.75, 0.35, -0.25])
 
 
 def test_kl_of_a_sequence_is_the_sum_of_its_tokens() -> None:

@@ -202,7 +202,8 @@ def test_bootstrap_interval_holds_the_estimate() -> None:
     assert interval is not None
     assert estimate is not None
     assert interval[0] < estimate < interval[1]
-    assert bootstrap_r_squared(torch.ones(4), torch.ones(4), torch.ones(4), GROUP[:4], None, seeded()) is None
+    edges = torch.tensor([0.5])
+    assert bootstrap_r_squared(torch.ones(4), torch.ones(4), torch.ones(4), GROUP[:4], edges, seeded()) is None
 
 
 def test_metrics_tell_the_policy_from_what_was_kept() -> None:

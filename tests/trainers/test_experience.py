@@ -1,6 +1,7 @@
 """From rollouts to what the learner is given: masks, advantages, weights, mini-batches, and how metrics are merged."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,10 @@ def rollout(pieces: list[list[int]], turns: list[Turn], reward: float | None = 1
     return Rollout(row, 0, 0, pieces, turns, [], 0, "completed", reward=reward)
 
 
-def simple(reward: float | None, prompt: int = 5, length: int = 3) -> Rollout:
+def simple(reward: float | None, prompt: int = 5, length: int = 3, cut: bool = False) -> Rollout:
     ids = [prompt, prompt, *range(10, 10 + length)]
-    return rollout([ids], [turn(0, 2, 2 + length)], reward)
+    only = replace(turn(0, 2, 2 + length), finish_reason="length" if cut else "stop")
+    return rollout([ids], [only], reward)
 
 
 def groups(*rewards: list[float | None]) -> list[RolloutGroup]:
@@ -119,6 +121,19 @@ def test_advantages_stand_on_every_token_of_their_rollout() -> None:
     assert Experience([]).assign_advantages(preset("loop")).tolist() == []
 
 
+def test_rollouts_that_were_cut_off_count_in_their_group_and_in_no_update() -> None:
+    """By the number of tokens, in whatever turn was the last, or by the number of turns."""
+    whole, cut = simple(1.0, length=2), simple(2.0, length=4, cut=True)
+    too_many = replace(simple(6.0, length=3), end_state="truncated-turns")
+    experience, learner = Experience([RolloutGroup(1, {}, [whole, cut, too_many])]), Spy()
+    assert experience.assign_advantages(preset("loop")).tolist() == [3.0, 1.5, 4.5]  # 1 - 4, 2 - 3.5, 6 - 1.5
+    assert experience.leave_out_cut() == 2
+    train(experience, learner)
+    (((group,), counts),) = learner.updates
+    assert [piece.token_values["advantages"].tolist() for piece in group] == [[-3.0, -3.0]]
+    assert counts == Totals(2, 1, 1)
+
+
 def test_token_values_are_cut_at_pieces_and_come_back_whole() -> None:
     in_pieces = rollout([[1, 2, 3, 4], [1, 5, 6]], [turn(0, 2, 4), turn(1, 2, 3)])
     experience = Experience([RolloutGroup(1, {}, [simple(1.0), in_pieces])])
@@ -178,6 +193,22 @@ def test_the_order_follows_from_the_seed() -> None:
     assert len({tuple(order(seed)) for seed in range(8)}) > 4
 
 
+@pytest.mark.parametrize("size", [1, 4, 5, 6, 9])
+def test_updates_of_whole_prompts(size: int) -> None:
+    """Every prompt's rollouts are in one update of each epoch, and updates are as near to the size as that allows."""
+    rewards = [[1.0, 2.0, 4.0], [3.0, 6.0], [7.0, 9.0, 9.5], [5.0, 8.0, 5.5, 8.5], [0.0, 0.5]]
+    experience, learner = Experience(groups(*rewards)), Spy()
+    experience.assign_advantages(preset("loop"))
+    train(experience, learner, epochs=2, rollouts_per_update=size, whole_prompts=True, seed=3)
+    seen = Counter(piece.values["reward"] for given, _ in learner.updates for group in given for piece in group)
+    assert seen == Counter({reward: 2 for group in rewards for reward in group})
+    for given, counts in learner.updates:
+        assert all([piece.values["reward"] for piece in group] in rewards for group in given)
+        count = sum(map(len, given))
+        assert counts.sequences == count
+        assert count <= max(size + 2, 4)  # half of the largest prompt beyond it, or one prompt alone
+
+
 def test_idle_rollouts_are_counted_and_not_computed_unless_something_else_teaches() -> None:
     for skip, sizes in ((True, [2]), (False, [2, 3])):
         experience, learner = Experience(groups([1.0, 2.0], [5.0, 5.0, 5.0])), Spy()
@@ -191,7 +222,8 @@ def test_idle_rollouts_are_counted_and_not_computed_unless_something_else_teache
 def test_an_update_without_anything_to_teach_is_none() -> None:
     experience, learner = Experience(groups([5.0, 5.0])), Spy()
     experience.assign_advantages(preset("loop"))
-    expected = {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.25, "num_tokens": 0.0, "updates": 0.0}
+    nothing = ("loss", "grad_norm", "num_trained_tokens", "num_computed_tokens", "updates")
+    expected = {**dict.fromkeys(nothing, 0.0), "learning_rate": 0.25}
     assert train(experience, learner) == expected
     assert train(Experience([]), learner) == expected
     assert not learner.updates
@@ -206,7 +238,7 @@ def test_metrics_of_several_updates_are_means_sums_and_extremes() -> None:
     experience = Experience(groups([1.0, 2.0]))
     experience.assign_advantages(preset("loop"))
     assert train(experience, learner, epochs=2) == {
-        "loss": 2.0, "num_tokens": 30.0, "skipped_updates": 1.0, "kl/max": 3.0, "kl/min": 2.0, "rare": 5.0,
+        "loss": 2.0, "num_trained_tokens": 30.0, "skipped_updates": 1.0, "kl/max": 3.0, "kl/min": 2.0, "rare": 5.0,
         "updates": 2.0,
     }  # fmt: skip
     assert np.isfinite(list(train(Experience([]), Spy()).values())).all()

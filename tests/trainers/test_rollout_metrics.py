@@ -1,0 +1,50 @@
+"""What is logged of rollouts: TRL's names for TRL's quantities."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llmrl.rollout.collector import Collected
+from llmrl.rollout.trajectory import EndState, Rollout, RolloutGroup, Turn
+from llmrl.trainers.rollout_metrics import rollout_metrics
+
+
+def rollout(reward: float, lengths: list[int], end: EndState = "completed", last: str = "stop") -> Rollout:
+    """A prompt of three tokens, turns of these lengths with two tokens of the environment between them."""
+    turns, at = [], 3
+    for length in lengths:
+        turns.append(Turn(0, at, at + length, [-1.0] * length, "stop", 0))
+        at += length + 2
+    turns[-1] = replace(turns[-1], finish_reason=last)
+    return Rollout(1, 0, 0, [list(range(at))], turns, [], 0, end, reward=reward)
+
+
+def metrics(*groups: list[Rollout]) -> dict[str, float]:
+    return rollout_metrics(Collected([RolloutGroup(i, {}, each) for i, each in enumerate(groups, 1)], seconds=2.0))
+
+
+def test_lengths_tokens_and_clipping_are_trls() -> None:
+    """Clipped is what does not end in a stop token; tokens are those of the prompt and sampled ones, once a rollout."""
+    found = metrics(
+        [rollout(1.0, [4, 1]), rollout(0.0, [8], "truncated-length", "length")],
+        [rollout(1.0, [2, 2, 2], "truncated-turns"), rollout(1.0, [2, 3], last="length")],
+    )
+    assert found["num_tokens"] == 4 * 3 + 5 + 8 + 6 + 5
+    lengths = {"mean_length": 6.0, "min_length": 5, "max_length": 8}
+    ended = {"mean_terminated_length": 5.5, "min_terminated_length": 5, "max_terminated_length": 6}
+    expected = {**lengths, **ended, "clipped_ratio": 0.5}
+    assert {name: found[f"completions/{name}"] for name in expected} == expected
+    none = metrics([rollout(1.0, [8], "truncated-length", "length"), rollout(1.0, [8], "truncated-length", "length")])
+    assert (none["completions/clipped_ratio"], none["completions/mean_terminated_length"]) == (1, 0)
+
+
+def test_the_spread_of_rewards_is_that_of_prompts_or_of_the_step_where_each_has_one_rollout() -> None:
+    several = metrics([rollout(r, [1]) for r in (1.0, 2.0, 6.0)], [rollout(5.0, [1])] * 2)
+    assert several["reward_std"] == pytest.approx(np.std([1, 2, 6], ddof=1) / 2)
+    assert several["frac_reward_zero_std"] == 0.5
+    alone = metrics(*([rollout(r, [1])] for r in (1.0, 2.0, 6.0)))
+    assert alone["reward_std"] == pytest.approx(np.std([1, 2, 6], ddof=1))
+    assert "frac_reward_zero_std" not in alone
+    nothing = metrics()
+    assert (nothing["reward_std"], nothing["num_tokens"], "frac_reward_zero_std" in nothing) == (0, 0, False)
