@@ -13,25 +13,15 @@ from typing import Any, Protocol
 from datasets import Dataset, DatasetDict
 
 from llmrl.data.faults import RowFault, refusal
-from llmrl.data.splits import Rows, rows_of, train_and_heldout
+from llmrl.data.splits import Rows, SplitKeys, rows_of, train_and_heldout
 from llmrl.errors import RefusedError
 
 Row = dict[str, Any]
 
 
-class PromptKeys(Protocol):
+class PromptKeys(SplitKeys, Protocol):
     """The keys read here; `llmrl.config`'s OnlineKeys has them."""
 
-    @property
-    def dataset_name(self) -> str | None: ...
-    @property
-    def dataset_config(self) -> str | None: ...
-    @property
-    def dataset_train_split(self) -> str: ...
-    @property
-    def dataset_test_split(self) -> str: ...
-    @property
-    def eval_rows(self) -> int: ...
     @property
     def overlong_prompts(self) -> str: ...
 
@@ -65,7 +55,7 @@ def prompts_of_dataset(
     """The rows of a data set. `length_of(row)` is the prompt's length in tokens, and raises RefusedError for a row that
     is none; a longer one than `room` is dropped or refused, as `overlong_prompts` says. `tried`: only so many rows are
     measured, where that is expensive."""
-    train, heldout = train_and_heldout(keys, say, dataset)  # type: ignore[arg-type]  # dataset_name is given here
+    train, heldout = train_and_heldout(keys, say, dataset)
     kept = [_fitting(rows, keys, length_of, room, say, tried) for rows in (train, heldout) if rows is not None]
     evaluated = kept[1][: keys.eval_rows] if len(kept) > 1 else []
     if not kept[0]:

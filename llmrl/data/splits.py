@@ -21,10 +21,11 @@ LARGEST_SHARE = 0.1
 
 
 class SplitKeys(Protocol):
-    """The keys read here; `llmrl.config`'s DataKeys has them."""
+    """The keys read here; `llmrl.config`'s DataKeys and OnlineKeys have them. `dataset_name` is None only where a
+    `datasets` object is given in its place."""
 
     @property
-    def dataset_name(self) -> str: ...
+    def dataset_name(self) -> str | None: ...
     @property
     def dataset_config(self) -> str | None: ...
     @property
@@ -71,7 +72,9 @@ def train_and_heldout(
     The source's own `dataset_test_split` is taken whole where it has one. Else `eval_rows` rows, at most a tenth, are
     held out of the train split.
     """
-    source = find_source(keys.dataset_name if dataset is None else dataset, keys.dataset_config)
+    given = keys.dataset_name if dataset is None else dataset
+    assert given is not None, "neither dataset_name nor a data set"
+    source = find_source(given, keys.dataset_config)
     train_split, test_split = keys.dataset_train_split, keys.dataset_test_split
     train = whole(source.rows(train_split, "dataset_train_split"), source.names[train_split])
     if keys.eval_rows == 0:

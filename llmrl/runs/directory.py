@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from llmrl.runs.metrics import Metrics
 from llmrl.runs.progress import Progress
 from llmrl.runs.summary import Status, before_and_after
 
-BESIDE = ("notes.log", "error.log", "tensorboard", "aim")
+BESIDE = ("notes.log", "error.log", "tensorboard", "aim", "weights")
 
 
 class Run:
@@ -41,6 +41,8 @@ class Run:
     """A signal asked *this rank* to stop: finish the step, save, raise RunInterruptedError. Ranks must agree first."""
     training: bool
     """Steps are being trained: a signal waits for the end of a step instead of ending the run at once."""
+    listens: bool
+    """Whoever works now looks at `interrupted` itself: a signal does not end the run at once, either."""
     checkpoint: Path | None
     """The whole checkpoint to go on from; None: from the start."""
     start_step: int
@@ -53,6 +55,7 @@ class Run:
         self.is_main = ranks.is_main()
         self.interrupted = False
         self.training = False
+        self.listens = False
         self.checkpoint = checkpoint
         self._manifest = checkpoints.read_manifest(checkpoint) if checkpoint else {}
         self.start_step = int(self._manifest.get("step", 0))
@@ -162,6 +165,15 @@ class Run:
         tokens = self.metrics.last.get("num_tokens") if start else 0
         self._progress = Progress(self.console, total_steps, start, tokens)
         return self._progress
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around what looks at `interrupted` every now and then and ends by itself, together with the other ranks."""
+        self.listens = True
+        try:
+            yield
+        finally:
+            self.listens = False
 
     @property
     def seconds(self) -> float:

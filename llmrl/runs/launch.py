@@ -40,9 +40,7 @@ def main(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     code = run_command(config_type, describe, train, words)
-    if code in (0, RunInterruptedError.exit_code):  # the ends to which all ranks come together
-        ranks.leave_group()
-    sys.exit(code)
+    ranks.leave(code, together=code in (0, RunInterruptedError.exit_code))
 
 
 def run_command(
@@ -80,25 +78,34 @@ def refuse(error: RefusedError) -> int:
 
 
 def _trained(config: ConfigT, run: Run, train: Callable[[ConfigT, Run], None]) -> int:
-    try:
-        with stop_on_signals(run):
+    """Signals are heard to the very end: launchers send the one that ended the run once more, while it is closed."""
+    with stop_on_signals(run):
+        try:
             train(config, run)
-        run.close("completed")
-        if (run.directory / "final").is_dir():
-            run.console.say(f"trained model: {run.directory / 'final'}")
-        return 0
-    except RefusedError as error:
-        run.withdraw()
-        return refuse(error)
-    except (RunInterruptedError, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted by the keyboard"
-        return _ended(run, "interrupted", reason, RunInterruptedError.exit_code)
-    except RunFailedError as error:
-        _write_traceback(run, error)
-        return _ended(run, "failed", str(error), error.exit_code)
-    except (Exception, SystemExit) as error:
-        where = _write_traceback(run, error)
-        return _ended(run, "failed", f"{_sentence(error)}. Traceback: {where}", 1)
+            run.close("completed")
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            with run.listening():
+                return _gave_up(run, error)
+    if (run.directory / "final").is_dir():
+        run.console.say(f"trained model: {run.directory / 'final'}")
+    return 0
+
+
+def _gave_up(run: Run, error: BaseException) -> int:
+    """Says and writes why training did not come to its end, and gives the exit code."""
+    match error:
+        case RefusedError():
+            run.withdraw()
+            return refuse(error)
+        case RunInterruptedError() | KeyboardInterrupt():
+            reason = str(error) or "interrupted by the keyboard"
+            return _ended(run, "interrupted", reason, RunInterruptedError.exit_code)
+        case RunFailedError():
+            _write_traceback(run, error)
+            return _ended(run, "failed", str(error), error.exit_code)
+        case _:
+            where = _write_traceback(run, error)
+            return _ended(run, "failed", f"{_sentence(error)}. Traceback: {where}", 1)
 
 
 def _ended(run: Run, status: Status, reason: str, code: int) -> int:
@@ -119,7 +126,7 @@ def _write_traceback(run: Run, error: BaseException) -> str:
     """Appends the traceback to error.log (error_rankN.log elsewhere than on rank 0) and returns the file's name."""
     name = "error.log" if run.is_main else f"error_rank{ranks.rank()}.log"
     path = run.directory / name
-    text = traceback.format_exc()
+    text = "".join(traceback.format_exception(error))
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")

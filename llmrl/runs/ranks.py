@@ -1,7 +1,20 @@
-"""Which process of how many this is, as accelerate and torchrun tell it in the environment: no torch needed."""
+"""Which process of how many this is, as accelerate and torchrun tell it in the environment; no torch needed.
 
+Invariant: the first process reports before the others leave. A launcher ends all that are left as soon as one has gone
+with another code than 0, and the summary would be lost.
+"""
+
+import atexit
+import contextlib
 import os
+import signal
 import sys
+from datetime import timedelta
+from typing import Any, NoReturn
+
+PATIENCE = timedelta(seconds=30)
+"""How long the others wait for the first process's report; it may be gone."""
+REPORTED = "llmrl/reported"
 
 
 def rank() -> int:
@@ -19,11 +32,40 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def leave_group() -> None:
-    """Ends this process's part in torch's process group, where there is one.
+def leave(code: int, together: bool) -> NoReturn:
+    """End this process with this code. `together`: all ranks come to this end, so that their group can be closed.
 
-    A process that just exits may be aborted by the group's own threads, and the launcher then reports a failure.
+    One of several processes ends without the interpreter's finalisation, during which threads of the process group and
+    of DeepSpeed are still releasing Python objects: they would abort it, and the launcher would report a failure.
     """
+    if world_size() == 1:
+        sys.exit(code)
+    for number in (signal.SIGTERM, signal.SIGINT):  # launchers pass on what has just ended the run
+        signal.signal(number, signal.SIG_IGN)
+    distributed = _group()
+    if distributed is not None:
+        _wait_for_the_report(distributed)
+        if together:
+            distributed.destroy_process_group()
+    atexit._run_exitfuncs()  # what libraries and trackers still have to do
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, gone, or never there
+            stream.flush()
+    os._exit(code)
+
+
+def _group() -> Any:
+    """torch.distributed where this process is in a group, else None."""
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed
+
+
+def _wait_for_the_report(distributed: Any) -> None:
+    store = distributed.distributed_c10d._get_default_store()
+    with contextlib.suppress(RuntimeError):  # the first process never came to this, or has gone with the store
+        if is_main():
+            store.set(REPORTED, "")
+        else:
+            store.wait([REPORTED], PATIENCE)

@@ -1,8 +1,9 @@
 """SIGTERM and SIGINT as a wish to stop with a whole checkpoint.
 
-Invariants: while steps are being trained a signal sets `run.interrupted` and the loop ends the step, saves, and raises
-RunInterruptedError; before training there is nothing to save, so it is raised at once; a later signal ends the process
-at once with 128 + its number. Launchers pass a signal on that the process may have got already from its group, so
+Invariants: while steps are being trained a signal sets `run.interrupted` and the loop ends the step (or gives it up,
+where nothing is changed yet), saves, and raises RunInterruptedError; before training there is nothing to save, so it
+is raised at once, but for those who listen for it themselves (`run.listening`); a later signal ends the process at
+once with 128 + its number. Launchers pass a signal on that the process may have got already from its group, so
 signals within `SAME_WISH` seconds of the first are the same wish. Forked workers die of a signal as ever.
 """
 
@@ -45,10 +46,11 @@ def stop_on_signals(run: Run) -> Iterator[None]:
             return
         first.append(time.monotonic())
         run.interrupted = True
-        if not run.training:
+        if not (run.training or run.listens):
             raise RunInterruptedError(f"{name} before the first step; nothing was trained yet")
         run.note(
-            f"{name}: stopping after this step with a checkpoint (once more in {SAME_WISH:.0f} s or later: at once)"
+            f"{name}: stopping with a checkpoint, at the latest after this step (once more in {SAME_WISH:.0f} s or "
+            "later: at once)"
         )
 
     earlier = {number: signal.signal(number, on_signal) for number in SIGNALS}

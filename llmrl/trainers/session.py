@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from llmrl.errors import RefusedError, RunFailedError, RunInterruptedError
 from llmrl.learner.learner import Learner
+from llmrl.learner.meeting import RankLostError
 from llmrl.learner.sharding import max_over_ranks
 from llmrl.runs import Run, checkpoints
 from llmrl.runs.final import publish_model
@@ -62,6 +63,8 @@ class Session:
             self.state = TrainerState.load_from_json(str(run.checkpoint / STATE_FILE))
             self.state.is_world_process_zero = run.is_main
             self._saved_at = run.start_step
+            if self._was_given_up(run.start_step):
+                self._evaluate(run.start_step)
         else:
             self._evaluate(0)
         self._tell("on_train_begin")
@@ -92,6 +95,8 @@ class Session:
         a checkpoint of the steps done so far is left. What is refused after the first step is a failure."""
         try:
             yield
+        except RankLostError:  # those that are left cannot save together
+            raise
         except Exception as error:
             if self.state.global_step > 0:
                 self._save(self.state.global_step)
@@ -124,15 +129,23 @@ class Session:
     def _after(self, step: int) -> None:
         config = self.run.config
         self._tell("on_step_end")
-        if self.control.should_evaluate or (
-            config.eval_steps and step % config.eval_steps == 0 and step < self.total_steps
-        ):
+        if self.control.should_evaluate or self._evaluation_is_due(step):
             self._evaluate(step)
         stop = max_over_ranks(self.learner.accelerator, int(self.run.interrupted)) > 0
         if stop or self.control.should_save or (config.save_steps and step % config.save_steps == 0):
             self._save(step)
         if stop and step < self.total_steps:
             raise RunInterruptedError(f"a signal asked for it after step {step} of {self.total_steps}")
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        cadence = self.run.config.eval_steps
+        return bool(cadence) and step % cadence == 0 and step < self.total_steps
+
+    def _was_given_up(self, step: int) -> bool:
+        """Whether the run from which this one goes on was ended during its evaluation after this step."""
+        recorded = any(entry["step"] == step for entry in self.run.metrics.evaluations)
+        missing = self.run.is_main and not recorded and self._evaluation_is_due(step)
+        return max_over_ranks(self.learner.accelerator, int(missing)) > 0
 
     def _evaluate(self, step: int) -> None:
         results = self.evaluate()

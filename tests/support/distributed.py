@@ -4,7 +4,7 @@ Argument: a JSON object with `model` and `out` (folders), use_peft, tokens_per_m
 """
 
 import json
-import os
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,13 @@ import torch
 from support.groups import random_pairs
 
 from llmrl.config import ModelKeys
+from llmrl.errors import RunFailedError
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.loading import load_model
+from llmrl.learner.sequences import Group
 from llmrl.learner.sharding import build_accelerator
 from llmrl.objectives.dpo import DPO
+from llmrl.objectives.scored import Objective
 from llmrl.runs import ranks
 
 
@@ -39,6 +42,7 @@ def build(settings: dict[str, Any]) -> Learner:
         form=settings.get("form", "auto"),
         gradient_checkpointing=settings.get("checkpointing", False),
         reference="auto" if settings.get("use_peft") else "precomputed",
+        most_skipped=2,
     )
     return Learner(model, options, accelerator)
 
@@ -57,6 +61,23 @@ def captured_gradients(learner: Learner) -> dict[str, torch.Tensor]:
             assert gradient is not None, name
             gradients[name] = gradient.detach().clone().float()
     return gradients
+
+
+def skipping(learner: Learner, groups: list[Group]) -> dict[str, Any]:
+    """What becomes of updates that are not finite: a loss whose gradient is sound, then a gradient on the last rank."""
+    last = learner.accelerator.process_index == learner.accelerator.num_processes - 1
+    infinite = Objective(lambda logprobs_N, scored: (logprobs_N.sum() + math.inf, {}))
+    broken = Objective(lambda logprobs_N, scored: ((logprobs_N.sum() * 0).sqrt() if last else logprobs_N.sum(), {}))
+    before = {name: tensor.clone() for name, tensor in learner.weights(bucket_bytes=4096)}
+    skipped = [learner.update(groups, goal)["skipped_updates"] for goal in (infinite, broken)]
+    kept = all([torch.equal(before[name], now) for name, now in learner.weights(bucket_bytes=4096)])  # ranks in step
+    skipped += [learner.update(groups, goal)["skipped_updates"] for goal in (DPO().objective(), broken, broken)]
+    try:
+        learner.update(groups, broken)
+        said = ""
+    except RunFailedError as error:
+        said = str(error)
+    return {"skipped": skipped, "kept": kept, "said": said}
 
 
 def run(settings: dict[str, Any]) -> None:
@@ -92,12 +113,14 @@ def run(settings: dict[str, Any]) -> None:
     exact = all(torch.equal(straight[name], resumed[name]) for name in straight)
     scored = learner.logprobs(groups)
     learner.export(out / "final")
+    skips = skipping(learner, groups)
     if learner.accelerator.is_main_process:
         torch.save({"gradients": gradients, "weights": resumed, "logprobs": scored}, out / "result.pt")
         facts = {
             "metrics": metrics,
             "form": learner.form,
             "exact_resume": exact,
+            "skips": skips,
             "split": split,
             "kind": type(learner.backend.model).__name__,
         }
@@ -106,7 +129,4 @@ def run(settings: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     run(json.loads(sys.argv[1]))
-    ranks.leave_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # threads of DeepSpeed's may abort a process that takes its time to end
+    ranks.leave(0, together=True)

@@ -6,8 +6,10 @@ A run that is to be killed needs a process; importing the libraries for each wou
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,36 @@ def begin(
     log: Path | None = None,
     dies: tuple[str, int] | None = None,
     environment: Mapping[str, str] | None = None,
+    collective_seconds: float | None = None,
 ) -> BaseProcess:
     """Start a run in a process group of its own; its words go to `log`.
 
     dies: it kills itself in the nth call of one of `PHASES`. environment: variables that it has beside this process's.
+    collective_seconds: how long collectives wait for other ranks.
     """
-    process = CONTEXT.Process(target=_work, args=(method, config, arguments, log, dies, dict(environment or {})))
+    own = dict(environment or {})
+    process = CONTEXT.Process(target=_work, args=(method, config, arguments, log, dies, own, collective_seconds))
     process.start()
     return process
+
+
+def begin_two_ranks(method: str, config: Path, *arguments: str, **options: Any) -> list[BaseProcess]:
+    """Start two processes of one run, as a launcher would; their words are in log0 and log1 beside the configuration.
+
+    options: of `begin`; `environment` is both processes'.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    settings = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings |= options.pop("environment", {})
+    return [
+        begin(
+            method, config, *arguments, log=config.with_name(f"log{rank}"),
+            environment={"RANK": rank, "LOCAL_RANK": rank, **settings}, **options,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
 
 
 def ended(process: BaseProcess, seconds: float = 120) -> int:
@@ -54,6 +78,7 @@ def _work(
     log: Path | None,
     dies: tuple[str, int] | None,
     environment: dict[str, str],
+    collective_seconds: float | None,
 ) -> None:
     os.setsid()
     os.environ.update(environment)
@@ -65,6 +90,10 @@ def _work(
     import llmrl.runs.report
 
     llmrl.runs.report.write_report = lambda directory: directory
+    if collective_seconds is not None:
+        from llmrl.learner import sharding
+
+        sharding.COLLECTIVE_TIMEOUT = timedelta(seconds=collective_seconds)
     if dies is not None:
         owner, name, before = PHASES[dies[0]]()
         setattr(owner, name, _deadly(getattr(owner, name), dies[1], before))

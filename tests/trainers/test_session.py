@@ -51,9 +51,10 @@ class Progress:
 class Run:
     """Keeps a diary of what it is asked to do."""
 
-    def __init__(self, directory: Path, checkpoint: Path | None = None) -> None:
+    def __init__(self, directory: Path, checkpoint: Path | None = None, eval_steps: int = 0) -> None:
+        self.metrics = SimpleNamespace(evaluations=[{"step": 0}])
         self.config = SimpleNamespace(
-            save_steps=0, eval_steps=0, logging_steps=1, save_total_limit=None, push_to_hub=False
+            save_steps=0, eval_steps=eval_steps, logging_steps=1, save_total_limit=None, push_to_hub=False
         )
         self.directory, self.checkpoint, self.is_main, self.interrupted = directory, checkpoint, True, False
         self.start_step = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
@@ -99,6 +100,21 @@ def test_a_run_resumed_from_any_checkpoint_makes_its_last_evaluation(tmp_path: P
     train(run)
     assert [entry.split(" beside")[0] for entry in run.diary] == ["evaluated at 4"]
     assert (tmp_path / "final" / "weights").exists()
+
+
+@pytest.mark.parametrize(("recorded", "again"), [([0], [2, 4]), ([0, 2], [4])])
+def test_an_evaluation_that_was_given_up_is_made_before_the_run_goes_on(
+    tmp_path: Path, recorded: list[int], again: list[int]
+) -> None:
+    """The checkpoint of step 2 was left because its evaluation was interrupted, or was an ordinary one."""
+    checkpoint = tmp_path / "checkpoints" / "step_2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_text("w")
+    TrainerState(max_steps=STEPS, global_step=2).save_to_json(str(checkpoint / STATE_FILE))
+    run = Run(tmp_path, checkpoint, eval_steps=2)
+    run.metrics.evaluations = [{"step": step} for step in recorded]
+    train(run)
+    assert [entry.split(" beside")[0] for entry in run.diary] == [f"evaluated at {step}" for step in again]
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_named_with_the_way_out(tmp_path: Path, monkeypatch: Any) -> None:
