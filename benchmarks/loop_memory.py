@@ -202,10 +202,8 @@ def fine_tune_trl(
         rows.append(
             {"input_ids": ids, "completion_mask": [int(turn["start"] <= i < turn["end"]) for i in range(len(ids))]}
         )
-    from llmrl.trainers.loop import algorithm_of
-
     config = loop_config(cell, folder, "trl", use_peft)
-    per_update = config.rollouts_in_update(algorithm_of(config), len(rows))
+    per_update = config.resolve().rollouts_in_update(len(rows))
     arguments = SFTConfig(
         output_dir=str(folder / "trl"), max_steps=-(-len(rows) // per_update), seed=SEED,
         per_device_train_batch_size=ROWS_PER_PASS, gradient_accumulation_steps=per_update // ROWS_PER_PASS,

@@ -53,13 +53,12 @@ def llmrl_config(cell: Cell, folder: Path) -> Any:
 
 
 def update_llmrl(cell: Cell, folder: Path, meter: Meter) -> dict[str, Any]:
-    from llmrl.trainers.loop import algorithm_of
-    from llmrl.trainers.online import online_learner, online_objective
+    from llmrl.trainers.online import online_learner
 
     config = llmrl_config(cell, folder)
-    algorithm = algorithm_of(config)
+    algorithm = config.resolve()
     learner = online_learner(config, algorithm, cell.steps, print)
-    objective = online_objective(config, algorithm).objective()
+    objective = algorithm.policy_gradient().objective()
     batches = [token_groups(step) for step in given_steps(cell)]
     logged = []
     meter.start()

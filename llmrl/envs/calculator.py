@@ -14,10 +14,10 @@ from pydantic import Field
 from llmrl.envs import arithmetic
 from llmrl.envs.options import Options, checked, column
 from llmrl.envs.protocol import EnvironmentKind, Message, Row, Split, StepResult
-from llmrl.envs.reading import last_number
 from llmrl.envs.splits import pick
 from llmrl.envs.tools import ToolEnvironment
 from llmrl.errors import RefusedError
+from llmrl.numbers import last
 
 NAME = "calculator"
 STORIES = (
@@ -51,7 +51,7 @@ class Calculator(ToolEnvironment):
         self._calls_left = options.max_calls
         self._call_reward = options.call_reward
         self._prompt = column(row, "prompt", str, NAME)
-        answer = last_number(str(column(row, "answer", object, NAME)))
+        answer = last(str(column(row, "answer", object, NAME)), apart=True)
         if answer is None:
             raise RefusedError(f"{NAME}: column `answer` holds {row['answer']!r:.80}, in which there is no number")
         self._right: Fraction = answer
@@ -61,7 +61,7 @@ class Calculator(ToolEnvironment):
         return [{"role": "user", "content": self._prompt}]
 
     def judge(self, answer: str) -> dict[str, float]:
-        return {"correct": float(last_number(answer) == self._right)}
+        return {"correct": float(last(answer, apart=True) == self._right)}
 
     async def step(self, message: Message) -> StepResult:
         before = self._answered
@@ -83,7 +83,9 @@ class Calculator(ToolEnvironment):
 def load(options: dict[str, Any]) -> EnvironmentKind:
     """Brings its own rows: stories and numbers, by seed."""
     own = checked(CalculatorOptions, options, NAME)
-    return EnvironmentKind(lambda row, seed: Calculator(row, seed, own), lambda *which: _rows(own, *which))
+    return EnvironmentKind(
+        lambda row, seed: Calculator(row, seed, own), lambda *which: _rows(own, *which), multi_turn=own.max_calls > 0
+    )
 
 
 def _rows(options: CalculatorOptions, split: Split, count: int, seed: int) -> list[Row]:

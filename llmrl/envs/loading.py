@@ -37,7 +37,8 @@ def load(name: str, options: Mapping[str, Any] | None = None) -> EnvironmentKind
     `package.module:Class`.
 
     `options` go to a built-in's options or to the class as keyword arguments. A class brings its own rows where it has
-    a static or class method `rows(split, count, seed)`. Raises RefusedError naming what is wrong: an unknown name with
+    a static or class method `rows(split, count, seed)`, and may say that an episode takes several messages (`multi_turn
+    = True`). Raises RefusedError naming what is wrong: an unknown name with
     the nearest known one, a file with its line, an option as `environment_options.KEY`.
     """
     given = dict(options or {})
@@ -118,9 +119,12 @@ def _own(make: Callable[..., Any], options: dict[str, Any], name: str) -> Enviro
     if lacking:
         raise RefusedError(f"environment {name} has no method `{lacking[0]}`; it needs {', '.join(METHODS)}")
     keywords = keyword_options(make, options, f"environment {name}")
-    rows = vars_of(make).get("rows") if inspect.isclass(make) else None
+    own = vars_of(make) if inspect.isclass(make) else {}
+    rows = own.get("rows")
     return EnvironmentKind(
-        partial(make, **keywords) if keywords else make, partial(_rows, rows, name) if rows else None
+        partial(make, **keywords) if keywords else make,
+        partial(_rows, rows, name) if rows else None,
+        multi_turn=bool(own.get("multi_turn")),
     )
 
 

@@ -17,10 +17,11 @@ from pydantic import Field
 
 from llmrl.envs.options import Options, checked, column
 from llmrl.envs.protocol import EnvironmentKind, Message, Row, Split, StepResult
-from llmrl.envs.reading import guess_part, last_number, said
+from llmrl.envs.reading import guess_part, said
 from llmrl.envs.single_use import SingleUse
 from llmrl.envs.splits import pick, sampled
 from llmrl.errors import RefusedError
+from llmrl.numbers import last
 
 NAME = "number_guessing"
 Wording = Literal["full", "terse"]
@@ -91,7 +92,7 @@ class NumberGuessing:
 
 def read_guess(text: str, numbers: int) -> int | None:
     """The last number of `text` if it is a whole number from 1 to `numbers`, else None."""
-    value = last_number(guess_part(text))
+    value = last(guess_part(text), apart=True)
     fits = value is not None and value.denominator == 1 and 1 <= value <= numbers
     return int(value) if value is not None and fits else None
 
@@ -99,7 +100,9 @@ def read_guess(text: str, numbers: int) -> int | None:
 def load(options: dict[str, Any]) -> EnvironmentKind:
     """Brings its own rows: N and hidden number, by seed."""
     own = checked(NumberGuessingOptions, options, NAME)
-    return EnvironmentKind(lambda row, seed: NumberGuessing(row, seed, own), lambda *which: _rows(own, *which))
+    return EnvironmentKind(
+        lambda row, seed: NumberGuessing(row, seed, own), lambda *which: _rows(own, *which), multi_turn=own.guesses > 1
+    )
 
 
 def _rows(options: NumberGuessingOptions, split: Split, count: int, seed: int) -> list[Row]:

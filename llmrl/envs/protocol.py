@@ -45,7 +45,7 @@ class Environment(Protocol):
 
 
 EnvironmentFactory = Callable[[Row, int], Environment]
-"""(row, seed) -> environment."""
+"""(row, seed) -> environment. Plain code that may block: it runs in a thread."""
 RowMaker = Callable[[Split, int, int], list[Row]]
 """(split, count, seed) -> at most `count` different rows, fewer where the world has no more. Whatever the seed, no row
 of `train` is one of `test`."""
@@ -55,8 +55,12 @@ of `train` is one of `test`."""
 class EnvironmentKind:
     """What a name and its options stand for: `make(row, seed)`, and `rows(split, count, seed)` where it brings its own.
 
-    `rows` is None where the rows come from a data set.
+    `rows` is None where the rows come from a data set. `text_prompt`: the row's prompt where it is text rather than
+    messages; then reward functions get prompt and completion as text, as from TRL. `multi_turn`: an episode may take
+    more than one message, so that a limit of one turn would cut it off; False where nobody said so.
     """
 
     make: EnvironmentFactory
     rows: RowMaker | None = None
+    text_prompt: Callable[[Row], str | None] = lambda row: None
+    multi_turn: bool = False

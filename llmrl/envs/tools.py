@@ -32,6 +32,8 @@ class ToolEnvironment:
 
     max_calls: ClassVar[int] = 16
     """Calls in one episode; further ones are answered with an error."""
+    multi_turn: ClassVar[bool] = True
+    """A call and the answer that uses it are two messages."""
     tools: ClassVar[list[Schema]] = []
     """The schemas of the tools, in the order of their definition."""
 

@@ -108,7 +108,7 @@ def marks(guess: str, word: str) -> str:
 def load(options: dict[str, Any]) -> EnvironmentKind:
     """Brings its own rows: hidden words, by seed."""
     own = checked(WordleOptions, options, NAME)
-    return EnvironmentKind(lambda row, seed: Wordle(row, seed, own), _rows)
+    return EnvironmentKind(lambda row, seed: Wordle(row, seed, own), _rows, multi_turn=own.guesses > 1)
 
 
 def _rows(split: Split, count: int, seed: int) -> list[Row]:

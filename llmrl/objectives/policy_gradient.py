@@ -30,97 +30,22 @@ Invariants
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from llmrl.objectives.scored import Objective, ScoredTokens
+from llmrl.objectives.settings import KL, LossSettings
 from llmrl.objectives.value import predicted, value_losses, value_metrics
 
-Ratio = Literal["token", "turn", "sequence", "geometric", "none"]
-Clip = Literal["ppo", "reciprocal", "cispo", "none"]
-Aggregation = Literal[
-    "token_mean",
-    "sequence_mean_token_mean",
-    "sequence_mean_turn_mean",
-    "sequence_mean_token_sum",
-    "sequence_sum_constant",
-]
-KL = Literal["k1", "k2", "k3"]
-Correction = Literal["none", "truncate", "mask"]
-CorrectionLevel = Literal["token", "sequence", "geometric"]
-
-CHOICES = {
-    "ratio": get_args(Ratio),
-    "clip": get_args(Clip),
-    "aggregation": get_args(Aggregation),
-    "kl": get_args(KL),
-    "correction": get_args(Correction),
-    "correction_level": get_args(CorrectionLevel),
-}
 MOST_LOG_RATIO = 20.0
 """Log-ratios are cut here before they are exponentiated (as in verl): beyond, exp overflows and infinity times a zero
 gradient is not a number."""
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
-    """One member of the family; `llmrl.objectives.presets` has the published ones.
-
-    ratio, clip, aggregation: above. clip_low, clip_high: the band; CISPO with an absolute cap c and no lower bound is
-    clip_low 1, clip_high c - 1. dual_clip: for A < 0 the ratio counts at most this much (above 1 + clip_high; verl 3).
-    length_divisor: of `sequence_sum_constant`. sequences_divisor: instead of n_S; LOOP divides a last, short
-    mini-batch by the full size, so that fewer survivors make a smaller step.
-    beta: weight of the KL term in the loss, by the estimator `kl`: k1 = -d, k2 = d^2/2, k3 = e^d - 1 - d with
-    d = log pi_ref - log pi. The gradient of k1 is zero on average: it belongs into the reward. kl_by_ratio: times rho,
-    which makes k3's gradient unbiased (TRL's use_bias_correction_kl, on by default there).
-    entropy_coef: weight of the mean token entropy, subtracted. log_entropy: report it although its weight is 0.
-    value_coef, value_clip: weight and clipping of the critic's loss (`llmrl.objectives.value`), aggregated alike.
-    correction, correction_level, correction_floor, correction_cap: of the sampler's mismatch. A weight (of a token, of
-    a sequence, or a sequence's geometric mean) is cut into [floor, cap], or set to 0 outside.
-    """
-
-    ratio: Ratio = "token"
-    clip: Clip = "ppo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    aggregation: Aggregation = "token_mean"
-    length_divisor: float | None = None
-    sequences_divisor: float | None = None
-    beta: float = 0.0
-    kl: KL = "k3"
-    kl_by_ratio: bool = False
-    entropy_coef: float = 0.0
-    log_entropy: bool = False
-    value_coef: float = 0.0
-    value_clip: float | None = 0.2
-    correction: Correction = "none"
-    correction_level: CorrectionLevel = "token"
-    correction_floor: float = 0.0
-    correction_cap: float = 3.0
-
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name in ("beta", "entropy_coef", "value_coef", "clip_high", "correction_floor"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("length_divisor", "sequences_divisor", "value_clip"):
-            given = getattr(self, name)
-            if given is not None and not given > 0:
-                raise ValueError(f"{name} must be above 0, got {given}")
-        _check_combinations(self)
-
-    @property
-    def band(self) -> tuple[float, float]:
-        """[lo, hi], where rho is clipped."""
-        if self.clip == "none":
-            return 0.0, float("inf")
-        low = 1 / (1 + self.clip_high) if self.clip == "reciprocal" else 1 - self.clip_low
-        return low, 1 + self.clip_high
+class PolicyGradient(LossSettings):
+    """The loss that its settings describe."""
 
     def objective(self) -> Objective:
         return Objective(
@@ -131,6 +56,9 @@ class PolicyGradient:
 
     def __call__(self, logprobs_N: Tensor, scored: ScoredTokens) -> tuple[Tensor, dict[str, Tensor]]:
         """[N] log pi of the scored tokens -> (the loss above, metrics).
+
+        The metrics `policy_loss`, `kl_loss`, `entropy_loss` and `value_loss` are the terms that, with the coefficients
+        of the last three, add up to the loss: of what is here, over the denominators of the whole step.
 
         Reads `token_values_N["advantages"]` or `values_S["advantage"]`; `token_values_N["old_logprobs"]`, without which
         this is taken for the first and only update on its samples, rho = 1 exactly; with `value_coef`
@@ -157,7 +85,7 @@ class PolicyGradient:
             if self.correction != "none":
                 losses_N = losses_N * weights_U[of_N]
         terms_N = shares_N * losses_N
-        metrics["policy_loss"] = terms_N.detach() * scored.totals.tokens
+        metrics["policy_loss"] = terms_N.detach().sum()
         others, more_metrics = self._other_terms(logprobs_N, scored, shares_N, ratio_N, kept)
         return terms_N.sum() + others, metrics | more_metrics
 
@@ -165,24 +93,28 @@ class PolicyGradient:
         self, logprobs_N: Tensor, scored: ScoredTokens, shares_N: Tensor, ratio_N: Tensor, kept: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """KL, entropy and value terms, each where its coefficient is not 0; what is known is reported regardless."""
-        loss, metrics = torch.zeros((), dtype=logprobs_N.dtype, device=logprobs_N.device), {}
+        loss = torch.zeros((), dtype=logprobs_N.dtype, device=logprobs_N.device)
+        metrics: dict[str, Tensor] = {}
         if scored.reference_logprobs_N is not None:
             metrics["kl"] = kl_estimates(logprobs_N.detach(), scored.reference_logprobs_N)[kept]
         if self.beta:
             assert scored.reference_logprobs_N is not None, "beta needs the reference's log-probabilities"
             kl_N = kl_estimates(logprobs_N, scored.reference_logprobs_N, self.kl)
-            loss = loss + self.beta * (shares_N * (kl_N * ratio_N if self.kl_by_ratio else kl_N)).sum()
+            kl_loss = (shares_N * (kl_N * ratio_N if self.kl_by_ratio else kl_N)).sum()
+            loss = loss + self.beta * kl_loss
+            metrics["kl_loss"] = kl_loss.detach()
         if scored.entropies_N is not None:
             metrics["entropy"] = scored.entropies_N.detach()[kept]
         if self.entropy_coef:
             assert scored.entropies_N is not None, "entropy_coef needs entropies"
             weights_N = torch.where(shares_N != 0, scored.weights_S[scored.sequence_index_N], 0.0)
-            entropy = (weights_N * scored.entropies_N).sum() / (scored.totals.tokens or 1.0)
-            loss = loss - self.entropy_coef * entropy
+            entropy_loss = -(weights_N * scored.entropies_N).sum() / (scored.totals.tokens or 1.0)
+            loss = loss + self.entropy_coef * entropy_loss
+            metrics["entropy_loss"] = entropy_loss.detach()
         if self.value_coef:
-            value_losses_N = value_losses(*predicted(scored), self.value_clip)
-            loss = loss + self.value_coef * (shares_N * value_losses_N).sum()
-            metrics |= {"value_loss": value_losses_N.detach()[kept], **value_metrics(scored)}
+            value_loss = (shares_N * value_losses(*predicted(scored), self.value_clip)).sum()
+            loss = loss + self.value_coef * value_loss
+            metrics |= {"value_loss": value_loss.detach(), **value_metrics(scored)}
         return loss, metrics
 
     def surrogate(self, logprobs_N: Tensor, ratio_N: Tensor, advantages_N: Tensor) -> Tensor:
@@ -240,26 +172,6 @@ def kl_estimates(logprobs_N: Tensor, reference_logprobs_N: Tensor, kind: KL = "k
     """[N] -> [N]: estimates of KL(pi || pi_ref) from samples of pi (Schulman, "Approximating KL divergence", 2020)."""
     d_N = (reference_logprobs_N - logprobs_N).clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
     return {"k1": lambda: -d_N, "k2": lambda: d_N**2 / 2, "k3": lambda: torch.expm1(d_N) - d_N}[kind]()
-
-
-def _check_combinations(settings: PolicyGradient) -> None:
-    """Raises ValueError for settings that would be ignored or make no loss."""
-    s = settings
-    low, high = s.band
-    if s.clip != "none" and not 0 <= low <= 1 <= high:
-        raise ValueError(f"clip_low must lie in [0, 1], got {s.clip_low}")
-    if s.ratio == "none" and s.clip != "none":
-        raise ValueError(f"ratio none leaves nothing for clip {s.clip}; set clip to none")
-    if s.dual_clip is not None and (s.clip not in ("ppo", "reciprocal") or not s.dual_clip > high):
-        raise ValueError(f"dual_clip must be above 1 + clip_high and needs clip ppo or reciprocal, got {s.dual_clip}")
-    if (s.aggregation == "sequence_sum_constant") != (s.length_divisor is not None):
-        raise ValueError("length_divisor and aggregation sequence_sum_constant come together")
-    if s.sequences_divisor is not None and s.aggregation == "token_mean":
-        raise ValueError("sequences_divisor has no meaning with aggregation token_mean")
-    if not s.correction_cap >= 1 or s.correction_floor > 1:
-        raise ValueError(
-            f"correction_floor .. correction_cap must hold 1, got {s.correction_floor}..{s.correction_cap}"
-        )
 
 
 def _advantages(scored: ScoredTokens) -> Tensor:

@@ -1,7 +1,7 @@
 r"""The published algorithms of the policy-gradient family: a preset's name, and nothing else, is the algorithm.
 
 Loads without torch, so that configurations can read it. A preset says three things: how the loss is built
-(`PolicyGradient`'s settings), how advantages are made, and where the reference comes in. Where a paper and its authors'
+(`LossSettings`), how advantages are made, and where the reference comes in. Where a paper and its authors'
 code differ both are presets or the difference is noted, and the bare name is the paper's:
 
     ppo          arXiv 1707.06347 with GAE, critic, KL in the reward (arXiv 2203.02155); numbers as in TRL's former PPO
@@ -26,8 +26,12 @@ code differ both are presets or the difference is noted, and the bare name is th
 KL coefficients of `reinforce_plus_plus*` are not in what we read: 0.01 and 0.001 are ours. `rloo`'s is TRL's.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from llmrl.objectives.settings import LossSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,14 +47,14 @@ Variance = Literal["none", "unbiased", "population"]
 class Preset:
     """One algorithm.
 
-    loss: settings of PolicyGradient that differ from its defaults. advantage: how it is made; `gae` needs a critic,
+    loss: settings of LossSettings that differ from its defaults. advantage: how it is made; `gae` needs a critic,
     `batch_normalised` is the group's mean subtracted, then whitened over the batch's tokens. whitening: of `gae` and
     `reward_to_go`, by which variance. kl, beta: where the pull to the reference sits, and its weight. gamma, lam: of
     GAE. score_clip: scores are cut to +- this before they become token rewards. epochs: passes over a step's samples,
-    updates: optimizer steps in each.
+    updates: optimizer steps in each, unless rollouts_per_update says how many samples each takes.
     constant_divisor: an update divides by the sequences it should have, however many it has. dynamic_sampling: groups
     of equal reward are replaced by fresh ones. overlong_buffer: share of the longest answer over which the soft
-    overlong punishment grows to -1. critic_warmup: rollouts that train the critic alone.
+    overlong punishment grows to -1; 0 is none. critic_warmup: steps at the start that train the critic alone.
     """
 
     advantage: Advantage
@@ -63,9 +67,10 @@ class Preset:
     score_clip: float | None = None
     epochs: int = 1
     updates: int = 1
+    rollouts_per_update: int | None = None
     constant_divisor: bool = False
     dynamic_sampling: bool = False
-    overlong_buffer: float | None = None
+    overlong_buffer: float = 0.0
     critic_warmup: int = 0
 
     @property
@@ -76,27 +81,37 @@ class Preset:
     def needs_reference(self) -> bool:
         return self.kl != "none" and self.beta > 0
 
-    def policy_gradient(
+    def rollouts_in_update(self, rollouts: int) -> int:
+        """Samples in one optimizer step, of `rollouts` that a step trains on."""
+        return max(min(self.rollouts_per_update or math.ceil(rollouts / self.updates), rollouts), 1)
+
+    def settings(
         self, max_completion_length: int | None = None, sequences_per_update: int | None = None, **own: Any
-    ) -> "PolicyGradient":
-        """The objective, with a caller's `own` settings over the preset's.
+    ) -> LossSettings:
+        """Those of the loss, with a caller's `own` over the preset's.
 
         max_completion_length: the constant of Dr.GRPO's divisor. sequences_per_update: LOOP's. Raises ValueError for
         settings that cannot be, and TypeError for unknown ones.
         """
-        from llmrl.objectives.policy_gradient import PolicyGradient
-
         settings = dict(self.loss)
         if self.kl == "loss":
             settings["beta"] = self.beta
-        if self.constant_divisor:
+        if self.constant_divisor and sequences_per_update is not None:
             settings["sequences_divisor"] = sequences_per_update
         settings |= own
-        if settings.get("aggregation") == "sequence_sum_constant" and "length_divisor" not in settings:
+        if settings.get("aggregation") == "sequence_sum_constant" and settings.get("length_divisor") is None:
             if max_completion_length is None:
                 raise ValueError("aggregation sequence_sum_constant divides by the longest length that was allowed")
             settings["length_divisor"] = max_completion_length
-        return PolicyGradient(**settings)
+        return LossSettings(**settings)
+
+    def policy_gradient(
+        self, max_completion_length: int | None = None, sequences_per_update: int | None = None, **own: Any
+    ) -> "PolicyGradient":
+        """The objective of `settings`."""
+        from llmrl.objectives.policy_gradient import PolicyGradient
+
+        return PolicyGradient(**dataclasses.asdict(self.settings(max_completion_length, sequences_per_update, **own)))
 
     def advantages(
         self,
@@ -150,27 +165,19 @@ class Preset:
 
 SEQUENCE_MEAN = "sequence_mean_token_mean"
 CLIP_LOOP = {"clip_low": 0.1, "clip_high": 0.1}
+UPDATES_LOOP: dict[str, Any] = {"epochs": 2, "rollouts_per_update": 32, "constant_divisor": True}
 
 PRESETS: dict[str, Preset] = {
     "ppo": Preset("gae", {"value_coef": 0.1}, whitening="unbiased", kl="reward", beta=0.05, epochs=4),
-    "loop": Preset("leave_one_out", {"aggregation": SEQUENCE_MEAN, **CLIP_LOOP}, epochs=2, constant_divisor=True),
+    "loop": Preset("leave_one_out", {"aggregation": SEQUENCE_MEAN, **CLIP_LOOP}, **UPDATES_LOOP),
     "loop_code": Preset(
-        "leave_one_out",
-        {"clip": "reciprocal", "aggregation": SEQUENCE_MEAN, **CLIP_LOOP},
-        epochs=2,
-        constant_divisor=True,
+        "leave_one_out", {"clip": "reciprocal", "aggregation": SEQUENCE_MEAN, **CLIP_LOOP}, **UPDATES_LOOP
     ),
     "loop_turn": Preset(
-        "leave_one_out",
-        {"ratio": "turn", "aggregation": "sequence_mean_turn_mean", **CLIP_LOOP},
-        epochs=2,
-        constant_divisor=True,
+        "leave_one_out", {"ratio": "turn", "aggregation": "sequence_mean_turn_mean", **CLIP_LOOP}, **UPDATES_LOOP
     ),
     "loop_trajectory": Preset(
-        "leave_one_out",
-        {"ratio": "sequence", "aggregation": SEQUENCE_MEAN, **CLIP_LOOP},
-        epochs=2,
-        constant_divisor=True,
+        "leave_one_out", {"ratio": "sequence", "aggregation": SEQUENCE_MEAN, **CLIP_LOOP}, **UPDATES_LOOP
     ),
     "rloo": Preset(
         "leave_one_out",

@@ -82,7 +82,8 @@ class Dialogue:
     def complete(self, token_ids: Sequence[int], finish_reason: str) -> Message | ParseFault:
         """Take what was sampled after `prompt_ids`; the assistant's message, for the environment.
 
-        finish_reason: "stop" if the last id ended the turn, "length" if there is no such id.
+        finish_reason: "stop" if the last id ended the turn, "length" if there is no such id. A stop token that is no
+        special one (`Renderer`) is part of the message; what closes the turn behind it is no action.
         """
         assert self._waiting, "complete: this prompt has been completed; extend the dialogue first"
         self._waiting = False
@@ -90,7 +91,8 @@ class Dialogue:
         self._ids = [*self.prompt_ids, *token_ids]
         self._turns.append((self._num_turns, start, len(self._ids)))
         self._num_turns += 1
-        self._end_id = token_ids[-1] if finish_reason == "stop" and token_ids else None
+        ended = finish_reason == "stop" and token_ids and token_ids[-1] not in self.renderer.said_stop_ids
+        self._end_id = token_ids[-1] if ended else None
         self._end = "" if self._end_id is None else self.renderer.decode([self._end_id])
         body = token_ids if self._end_id is None else token_ids[:-1]
         self._said = self.renderer.said(self.prompt_ids, body)

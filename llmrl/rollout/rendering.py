@@ -39,7 +39,9 @@ class Renderer:
     `parse_without_tools` False: only where the environment offers tools. history: what happens where the template
     writes an earlier turn of the policy otherwise than the policy said it (thoughts stripped, blanks trimmed, tool
     calls written anew). `as_template` obeys it: the policy is trained on the prompts that it will meet in use. `keep`
-    leaves the turn as it was said.
+    leaves the turn as it was said. stop_tokens: texts that end a turn beside the model's own end tokens, each of one
+    token. `stop_token_ids` are theirs; `said_stop_ids` those that the tokenizer does not call special: they are part of
+    what was said, and the template closes the turn behind them.
 
     `delimited`: a special token follows the policy's text in a dialogue, so that ids kept and text added never differ
     from the template's text tokenised in one. False too where the template refuses the probe.
@@ -53,6 +55,7 @@ class Renderer:
         parse: Parse | None = None,
         parse_without_tools: bool = True,
         history: History = "as_template",
+        stop_tokens: Sequence[str] = (),
     ) -> None:
         if history not in get_args(History):
             raise RefusedError(f"history: {history!r} is unknown; known are {', '.join(get_args(History))}")
@@ -66,6 +69,9 @@ class Renderer:
         # The tokens at which a tokenizer cuts a text before it does anything else.
         self._cutting = frozenset(tokenizer.added_tokens_decoder)
         self.delimited = self.has_template and self._probe()
+        self.stop_token_ids = tuple(self._one_token(text) for text in stop_tokens)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.said_stop_ids = frozenset(self.stop_token_ids) - special
 
     def _probe(self) -> bool:
         mark = "answer0"
@@ -95,15 +101,32 @@ class Renderer:
             ) from error
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text, nothing added."""
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        """Token ids of a text, nothing added. Raises RefusedError for what is no text, such as half a character."""
+        try:
+            encoded = self.tokenizer(
+                text,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+        except (TypeError, UnicodeError) as error:
+            raise RefusedError(
+                f"the tokenizer cannot take {text!r:.80}: {error}. Remedy: send valid Unicode"
+            ) from error
         return list(encoded["input_ids"])
+
+    def _one_token(self, text: str) -> int:
+        """The token that this text is, at the start of a text or behind another."""
+        for guard in GUARDS:
+            head, whole = self.ids(guard), self.ids(guard + text)
+            if whole[:-1] == head and self.decode(whole[-1:]) == text:
+                return whole[-1]
+        pieces = ", ".join(repr(self.decode([i])) for i in self.ids(text))
+        raise RefusedError(
+            f"stop_tokens: {text!r} is not one token of the tokenizer ({self.tokenizer.name_or_path}): it falls into "
+            f"{pieces}. Remedy: name a token, or let max_completion_length end the turn"
+        )
 
     def plain_ids(self, text: str) -> list[int]:
         """Token ids of a text prompt for a model without turns: with what the tokenizer puts in front (often BOS)."""

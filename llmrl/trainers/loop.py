@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.objectives.presets import Preset, preset
+from llmrl.config.keys import SchedulerType
+from llmrl.objectives.presets import preset
 from llmrl.trainers import online_config
 from llmrl.trainers.online_config import OnlineConfig
 
@@ -33,15 +34,17 @@ class LOOPConfig(OnlineConfig):
     """The published algorithm: null keys have its values. dapo_clip is decoupled-clip DAPO (arXiv 2503.14476)."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate of AdamW. About 1e-6 for all weights, 2e-5 to 5e-5 for a LoRA adapter."""
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = "constant"
+    lr_scheduler_type: SchedulerType = "constant"
     """Shape of the learning rate over the steps."""
     min_advantage: Annotated[float, Field(ge=0)] = 0.01
     """Rollouts with a smaller absolute advantage are not trained on: LOOP's filter; the others only skip zeros."""
     rollouts_per_update: Annotated[int, Field(ge=1)] | None = None
     """Rollouts in one optimizer step; null = 32 for loop and its variants, a sixteenth of a step for dapo_clip, all of
     them at once for the others."""
+
+    @property
+    def algorithm_name(self) -> str:
+        return self.algorithm
 
     @model_validator(mode="after")
     def _group_of_one(self) -> Self:
@@ -52,29 +55,9 @@ class LOOPConfig(OnlineConfig):
             )
         return self
 
-    def rollouts_in_update(self, algorithm: Preset, rollouts: int) -> int:
-        published = 32 if self.algorithm.startswith("loop") and self.rollouts_per_update is None else None
-        return min(published, max(rollouts, 1)) if published else super().rollouts_in_update(algorithm, rollouts)
-
 
 Config = LOOPConfig
-
-
-def algorithm_of(config: LOOPConfig) -> Preset:
-    """The preset with what was configured over it."""
-    return config.over(preset(config.algorithm))
-
-
-def describe(config: LOOPConfig, world_size: int) -> dict[str, str | int | float]:
-    """The derived batch arithmetic, from the configuration alone."""
-    return online_config.describe(config, algorithm_of(config), world_size)
-
-
-def check(config: LOOPConfig) -> list[str]:
-    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.online import check_online
-
-    return check_online(config, algorithm_of(config))
+describe, check = online_config.describe, online_config.check
 
 
 def train(config: LOOPConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
@@ -82,7 +65,7 @@ def train(config: LOOPConfig, run: "Run", *, dataset: Any = None, callbacks: "Se
     from llmrl.objectives.advantages import worth_training
     from llmrl.trainers.online import OnlineRun
 
-    algorithm = algorithm_of(config)
+    algorithm = config.resolve()
     with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks) as online:
         for step in online.session.steps():
             collected = online.collect(step)

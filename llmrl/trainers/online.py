@@ -3,18 +3,19 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from llmrl.errors import RunFailedError
+from llmrl.errors import LlmrlError, RunFailedError
 from llmrl.learner.learner import Learner
-from llmrl.objectives.policy_gradient import PolicyGradient
 from llmrl.objectives.presets import Preset
 from llmrl.objectives.scored import Objective
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.protocol import row_seed
-from llmrl.rollout.trajectory import RolloutGroup, mean_reward
+from llmrl.rollout.trajectory import Rollout, RolloutGroup, mean_reward
 from llmrl.runs import Run
 from llmrl.trainers import checks
+from llmrl.trainers.engines import check_engine, raise_together
 from llmrl.trainers.experience import Experience
 from llmrl.trainers.online_config import OnlineConfig
 from llmrl.trainers.online_task import OnlineTask
@@ -54,13 +55,13 @@ class OnlineRun:
         self.learner = online_learner(config, algorithm, total_steps, run.note, **learner_options)
         self.sampler = Sampler(config, algorithm, task, self.learner, run)
         self.learner.accelerator.register_for_checkpointing(self.sampler)
-        self.objective = online_objective(config, algorithm).objective()
+        self.objective = algorithm.policy_gradient().objective()
         self._answers = task_evaluation(problems, self.learner.causal_lm, self.learner.accelerator, run)
         self.session = Session(
             run, self.learner, task.tokenizer, total_steps, task.data.fingerprint, self.evaluate, callbacks
         )
         task.trainer_state = self.session.state
-        self._empty_steps = 0
+        self._empty_steps, self._all_cut_said = 0, False
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +80,16 @@ class OnlineRun:
         with self.session.before_updates():
             collected = self.sampler.rollouts(step, last=step + 1 == self.session.total_steps)
             self._write(step + 1, collected.groups)
+        self._say_if_cut(collected.counts)
         return collected
+
+    def _say_if_cut(self, counts: dict[str, int]) -> None:
+        """A limit of turns that no episode comes to its end within is most likely a key that was forgotten."""
+        if self._all_cut_said or not 0 < counts.get("rollouts", 0) == counts.get("truncated-turns", 0):
+            return
+        self._all_cut_said = True
+        most = self.config.rollout.max_turns
+        self.run.note(f"the environment went on after every rollout's last turn: is rollout.max_turns {most} meant?")
 
     def weigh(self, weights: dict[str, float]) -> None:
         """Change the weights of reward functions, by their names, from the next rollouts on."""
@@ -87,74 +97,92 @@ class OnlineRun:
         self.task.scorer.weights |= weights
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Greedy rollouts of the held-out rows, and the answers to the problems of task_evaluation.
+        """Rollouts of the held-out rows, and the answers to the problems of task_evaluation.
 
         Where they fail or are interrupted, a checkpoint of the steps before is left.
         """
-        asked = len(self.task.data.heldout)
+        asked = len(self.task.data.heldout) * self.config.eval_samples
         with self.session.before_updates():
             found = {"heldout": heldout_metrics(self.sampler.heldout(), asked)} if asked else {}
-            if self.task.scorer is not None:
-                self.task.scorer.metrics()  # what was noted just now is no step's
             return found | self._answers()
 
     def _write(self, number: int, groups: Iterable[RolloutGroup]) -> None:
-        if not self.run.is_main:
-            return
-        folder = self.run.directory / "rollouts"
-        folder.mkdir(exist_ok=True)
-        file = folder / f"step_{number}.jsonl"
-        temporary = file.with_name(f".tmp_{file.name}")
-        with open(temporary, "w", encoding="utf-8") as out:
-            for group in groups:
-                for rollout in group.rollouts:
-                    record = rollout.record(self.task.tokenizer.decode)
-                    out.write(json.dumps(record, default=str) + "\n")
-        temporary.replace(file)
+        """Keep a step's rollouts, on the first rank, and let older ones go; where that fails, all ranks end."""
+        failure: LlmrlError | None = None
+        if self.run.is_main:
+            rollouts = [rollout for group in groups for rollout in group.rollouts]
+            folder = self.run.directory / "rollouts"
+            try:
+                keep_rollouts(folder, number, rollouts, self.task.tokenizer.decode, self.config.save_rollouts)
+            except (OSError, TypeError, ValueError) as error:
+                what, remedy = f"{type(error).__name__}: {error}", "What is said and logged there must be JSON"
+                if isinstance(error, OSError):
+                    what = error.strerror or str(error)
+                    remedy = "Free space on that disk, or keep the rollouts of fewer steps (save_rollouts)"
+                failure = RunFailedError(f"{folder}/step_{number}.jsonl could not be written: {what}. {remedy}")
+        raise_together(self.learner.accelerator, failure)
 
     # -- learning ------------------------------------------------------------------------------------------------
 
     def experience(self, collected: Collected) -> Experience:
-        """The rollouts as the learner takes them, with what the algorithm compares with: the policy's own
-        log-probabilities where it is updated more than once, the reference's, the critic's values."""
+        """The rollouts as the learner takes them; with what it says of them, where advantages are made of that: a critic's
+        values, KL in the reward."""
         experience = Experience(collected.groups)
-        if len(experience):
-            algorithm, count = self.algorithm, len(experience)
-            several = algorithm.epochs > 1 or self.config.rollouts_in_update(algorithm, count) < count
-            experience.score(
-                self.learner,
-                old=several or algorithm.kl == "reward",
-                reference=algorithm.needs_reference,
-                values=algorithm.needs_critic,
-            )
+        if self.algorithm.needs_critic or self.algorithm.kl == "reward":
+            self._score(experience)
         return experience
 
-    def improve(self, experience: Experience, step: int, critic_alone: Objective | None = None) -> dict[str, float]:
-        """The optimizer steps of one step; the means of their metrics. `critic_alone`: through this objective, and the
-        language model stays as it is."""
+    def _score(self, experience: Experience) -> None:
+        """What the algorithm compares with: the policy's own log-probabilities where it is updated more than once, the
+        reference's, the critic's values."""
+        algorithm, count = self.algorithm, len(experience)
+        several = algorithm.epochs > 1 or algorithm.rollouts_in_update(count) < count
+        experience.score(
+            self.learner,
+            old=several or algorithm.kl == "reward",
+            reference=algorithm.needs_reference,
+            values=algorithm.needs_critic,
+            idle=self._idle_teach or algorithm.kl == "reward",
+        )
+
+    @property
+    def _idle_teach(self) -> bool:
+        """Whether rollouts without an advantage change the gradient: by KL or entropy in the loss, or a critic."""
         kl_in_loss = self.algorithm.kl == "loss" and self.algorithm.needs_reference
-        more = kl_in_loss or self.config.entropy_coef > 0 or self.algorithm.needs_critic
+        return kl_in_loss or self.config.entropy_coef > 0 or self.algorithm.needs_critic
+
+    def improve(self, experience: Experience, step: int, critic_alone: Objective | None = None) -> dict[str, float]:
+        """The optimizer steps of one step on what has its advantages; the means of their metrics. `critic_alone`:
+        through this objective, and the language model stays as it is."""
+        masked = {}
+        if self.config.mask_truncated_completions:
+            masked["rollout/masked"] = float(experience.leave_out_cut())
+        if not experience.scored:
+            self._score(experience)
         metrics = experience.train(
             self.learner,
             critic_alone or self.objective,
             epochs=self.algorithm.epochs,
-            rollouts_per_update=self.config.rollouts_in_update(self.algorithm, len(experience)),
+            rollouts_per_update=self.algorithm.rollouts_in_update(len(experience)),
             seed=row_seed(self.config.seed, step, 0),
-            skip_idle=not more,
+            skip_idle=not self._idle_teach,
+            whole_prompts=self.config.minibatches == "prompts",
             language=critic_alone is None,
         )
         self.sampler.policy_changed()
-        return metrics
+        return masked | metrics
 
     def record(self, collected: Collected, metrics: dict[str, float]) -> None:
         """Log the step; ends a run in which nothing has been learned for long, with a checkpoint."""
-        noted = {} if self.task.scorer is None else self.task.scorer.metrics()
-        self.session.record({**noted, **rollout_metrics(collected), **metrics})
-        self._empty_steps = 0 if tells_apart(collected.groups) else self._empty_steps + 1
+        self.session.record({**collected.of_judging, **rollout_metrics(collected), **metrics})
+        told_apart = tells_apart(collected.groups)
+        self._empty_steps = 0 if told_apart and metrics["updates"] else self._empty_steps + 1
         if self._empty_steps not in (SAID_AFTER_EMPTY, self.config.max_empty_steps):
             return
         mean = mean_reward(collected.groups)
         cause = "no rollout has a reward" if math.isnan(mean) else f"all rollouts are equally good (mean {mean:.4g})"
+        if told_apart:
+            cause = "whatever could teach ran into a limit, and mask_truncated_completions leaves it out"
         said = f"nothing could be learned in {self._empty_steps} steps in a row: {cause}"
         self.run.note(said)
         if self._empty_steps == self.config.max_empty_steps:
@@ -165,10 +193,32 @@ class OnlineRun:
                 )
 
 
+def keep_rollouts(
+    folder: Path, number: int, rollouts: Sequence[Rollout], decode: Callable[[list[int]], str], limit: int | None
+) -> None:
+    """Write step_N.jsonl of step `number`, whole or not at all; of the files there, those of the `limit` newest steps
+    stay (None: of all), and none of steps to come, which an earlier attempt at the run may have left."""
+    file = folder / f"step_{number}.jsonl"
+    if limit != 0:
+        folder.mkdir(exist_ok=True)
+        temporary = file.with_name(f".tmp_{file.name}")
+        try:
+            with open(temporary, "w", encoding="utf-8") as out:
+                out.writelines(json.dumps(rollout.record(decode), default=str) + "\n" for rollout in rollouts)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # its room may be what a checkpoint needs
+            raise
+        temporary.replace(file)
+    for other in folder.glob("step_*.jsonl"):
+        step = other.stem.removeprefix("step_")
+        if step.isdigit() and (int(step) > number or (limit is not None and int(step) <= number - limit)):
+            other.unlink()
+
+
 def tells_apart(groups: Sequence[RolloutGroup]) -> bool:
     """Whether a step's rewards prefer any rollout: to others of its prompt, or of the step where there are none."""
     alone = all(len(group.rollouts) < 2 for group in groups)
-    rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
+    rewards = [[(rollout.reward or 0.0) + rollout.penalty for rollout in group.rollouts] for group in groups]
     compared = [[reward for one in rewards for reward in one]] if alone else rewards
     return any(len(set(each)) > 1 for each in compared)
 
@@ -198,22 +248,13 @@ def online_learner(
     )
 
 
-def online_objective(config: OnlineConfig, algorithm: Preset) -> PolicyGradient:
-    """The preset's objective with the configuration's settings over it."""
-    rollouts = config.prompts_per_step * config.samples_per_prompt
-    own = config.settings(on_policy_engine=config.engine.kind == "huggingface")
-    return algorithm.policy_gradient(
-        config.max_completion_length, config.rollouts_in_update(algorithm, rollouts), **own
-    )
-
-
-def check_online(config: OnlineConfig, algorithm: Preset) -> list[str]:
+def check_online(config: OnlineConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
     said: list[str] = []
-    task = OnlineTask(config, algorithm, said.append)
+    check_engine(config.engine)
+    task = OnlineTask(config, config.resolve(), said.append)
     task.close()
     task_problems(config.task_evaluation, config, task.tokenizer, said.append)
-    online_objective(config, algorithm)
     steps = config.num_steps(len(task.data.train))
     said.append(f"{len(task.data.train)} prompts to train on, {len(task.data.heldout)} held out; {steps} steps")
     return said + checks.fits(config, config, config)

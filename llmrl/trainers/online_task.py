@@ -16,10 +16,10 @@ from llmrl.learner.loading import load_config, load_tokenizer, max_positions
 from llmrl.objectives.presets import Preset
 from llmrl.rewards.scoring import Scorer, Scores
 from llmrl.rewards.shaping import soft_overlong
-from llmrl.rollout.collector import Limits
 from llmrl.rollout.dialogue import Dialogue
+from llmrl.rollout.episode import Limits
 from llmrl.rollout.rendering import REASONING, Renderer
-from llmrl.rollout.threads import call
+from llmrl.rollout.threads import Maker, OverdueError, call
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.trainers.online_config import OnlineConfig
 
@@ -49,12 +49,18 @@ class OnlineTask:
         check_vocabulary(self.tokenizer, load_config(path))
         self.max_length = _longest(config, max_positions(path))
         self.kind = envs.load(config.environment, config.environment_options)
+        if self.kind.multi_turn and config.rollout.max_turns == 1:
+            raise RefusedError(
+                f"an episode of environment {config.environment} may take several turns, and rollout.max_turns 1 would "
+                "cut it off after the first: set it to as many as there may be"
+            )
         self.renderer = Renderer(
             self.tokenizer,
             template_kwargs=config.chat_template_kwargs,
             parse=parse_tool_calls,
             parse_without_tools=False,
             history=config.history,
+            stop_tokens=config.stop_tokens,
         )
         self.data = self._data(say, dataset)
         judged_by = config.reward_keys()
@@ -82,9 +88,12 @@ class OnlineTask:
     def prompt_length(self, row: dict[str, Any]) -> int:
         """Tokens of the row's first prompt, as the environment puts it. Raises RefusedError."""
         seconds = self.config.rollout.environment_seconds
+        method = "__init__"
 
         async def opening() -> Any:
-            environment = self.kind.make(row, 0)
+            nonlocal method
+            environment = await Maker(self.kind.make, seconds).make(row, 0)
+            method = "init"
             try:
                 return await call(environment.init, timeout=seconds)
             finally:
@@ -96,7 +105,7 @@ class OnlineTask:
         except RefusedError:
             raise
         except Exception as error:
-            what = f"init() took longer than {seconds:g} s" if isinstance(error, TimeoutError) else _said(error)
+            what = f"{method}() {error}" if isinstance(error, OverdueError) else _said(error)
             raise RefusedError(f"the environment {self.config.environment} does not begin: {what}") from error
         return len(Dialogue(self.renderer, messages, tools).prompt_ids)
 
@@ -110,6 +119,7 @@ class OnlineTask:
             rollout_seconds=keys.rollout_seconds,
             concurrent_rollouts=keys.concurrent,
             cut_turns=keys.cut_turns,
+            stop_token_ids=self.renderer.stop_token_ids,
         )
 
     async def score(self, group: RolloutGroup) -> None:
@@ -133,13 +143,20 @@ class OnlineTask:
             rollout.reward, rollout.penalty = total, self._overlong(rollout)
 
     async def _judged(self, scorer: Scorer, group: RolloutGroup) -> Scores:
+        """Prompts and completions are text where the row's prompt is, else messages: as reward functions for TRL expect
+        them. A reward model reads the dialogue that the policy saw."""
         rollouts = group.rollouts
+        dialogues = [(rollout.messages[: rollout.opening], self._as_sampled(rollout)) for rollout in rollouts]
+        ids, text = [rollout.sampled_ids for rollout in rollouts], self.kind.text_prompt(group.row)
+        texts = None if text is None else [(text, self.tokenizer.decode(one, skip_special_tokens=True)) for one in ids]
+        prompts, completions = zip(*(texts or dialogues), strict=True)
         return await scorer.score(
-            prompts=[rollout.messages[: rollout.opening] for rollout in rollouts],
-            completions=[self._as_sampled(rollout) for rollout in rollouts],
-            completion_ids=[rollout.sampled_ids for rollout in rollouts],
-            trainer_state=self.trainer_state,
+            prompts,
+            completions,
+            ids,
             columns={name: [value] * len(rollouts) for name, value in group.row.items() if name not in RESERVED},
+            trainer_state=self.trainer_state,
+            dialogues=dialogues if self.renderer.has_template else texts,
         )
 
     def _as_sampled(self, rollout: Rollout) -> list[dict[str, Any]]:
@@ -155,12 +172,16 @@ class OnlineTask:
         return messages
 
     def _overlong(self, rollout: Rollout) -> float:
-        """Decoupled-clip DAPO's soft punishment of a turn near its limit (0 for other algorithms)."""
-        if self.algorithm.overlong_buffer is None or not rollout.turns:
+        """The soft punishment of a turn near its limit (DAPO, arXiv 2503.14476, Eq. 13); 0 without a buffer."""
+        if not self.algorithm.overlong_buffer or not rollout.turns:
             return 0.0
         longest = self.config.max_completion_length
         buffer = max(int(self.algorithm.overlong_buffer * longest), 1)
         return soft_overlong(max(turn.end - turn.start for turn in rollout.turns), longest, buffer)
+
+    def of_judging(self) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """What reward functions logged since this was last asked, and tallies of their calls (`Collected`)."""
+        return ({}, {}) if self.scorer is None else self.scorer.noted()
 
     def close(self) -> None:
         """End the reward functions' processes."""

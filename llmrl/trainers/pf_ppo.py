@@ -6,34 +6,36 @@ whitening, then the filtration says how often each counts; the objective stays P
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.objectives.presets import Preset, preset
+from llmrl.config.keys import SchedulerType
 from llmrl.trainers import online_config
 from llmrl.trainers.ppo import CriticConfig
 
 if TYPE_CHECKING:
-    import torch
     from transformers import TrainerCallback
 
-    from llmrl.objectives.filtration import Strategy
-    from llmrl.rollout.collector import Collected
     from llmrl.runs import Run
-
-STRATEGIES: "tuple[Strategy, ...]" = ("none", "best", "best_random", "best_worst", "power")
 
 
 class PFPPOConfig(CriticConfig):
     """PF-PPO: the filtration."""
 
+    ranks_prompts: ClassVar[bool] = True
     method: Literal["pf_ppo"] = "pf_ppo"
     """The method that this file configures."""
     samples_per_prompt: Annotated[int, Field(ge=1)] = 5
     """Responses to each prompt, among which the filtration chooses."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-7
     """Peak learning rate of AdamW for the language model (the paper's, for all weights of 7B)."""
+    lr_scheduler_type: SchedulerType = "cosine"
+    """Shape of the learning rate over the steps (the authors' code's)."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps in which the learning rate rises from 0 to its peak (the authors' code's)."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the squared gradient's running mean (the authors' code's)."""
     value_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-4
     """Peak learning rate of the value head. The paper's 9e-6 is for a whole critic that starts from the policy."""
     filtration: Literal["none", "best", "best_random", "best_worst", "power"] = "best_random"
@@ -44,8 +46,18 @@ class PFPPOConfig(CriticConfig):
     rows_per_prompt: Annotated[int, Field(ge=1)] = 2
     """Rows drawn a prompt with filtration power."""
     truth: str | None = None
-    """Name of a reward (of weight 0, say) that gives the actual score: R^2 of how well the reward predicts it is then
-    logged for every filtration, the paper's measure for choosing one."""
+    """Name of a reward (of weight 0, say) that gives the actual score: R^2 of how well the reward predicts it, with its
+    interval, slope and points, is then logged for every filtration over the latest ten steps, the paper's measure for
+    choosing one."""
+
+    @property
+    def algorithm_name(self) -> str:
+        return self.method
+
+    @property
+    def trained_per_prompt(self) -> int:
+        kept = {"none": self.samples_per_prompt, "best": 1, "power": self.rows_per_prompt}
+        return kept.get(self.filtration, 2)
 
     @model_validator(mode="after")
     def _something_to_filter(self) -> Self:
@@ -60,25 +72,13 @@ class PFPPOConfig(CriticConfig):
 
 
 Config = PFPPOConfig
-
-
-def algorithm_of(config: PFPPOConfig) -> Preset:
-    """The preset with what was configured over it."""
-    return config.over(preset("pf_ppo"))
+check = online_config.check
 
 
 def describe(config: PFPPOConfig, world_size: int) -> dict[str, str | int | float]:
-    """The derived batch arithmetic, from the configuration alone."""
-    kept = {"none": config.samples_per_prompt, "best": 1, "power": config.rows_per_prompt}.get(config.filtration, 2)
-    lines = online_config.describe(config, algorithm_of(config), world_size, kept)
-    return {**lines, "trained on": f"{config.filtration}: {kept} of {config.samples_per_prompt} rollouts of a prompt"}
-
-
-def check(config: PFPPOConfig) -> list[str]:
-    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.online import check_online
-
-    return check_online(config, algorithm_of(config))
+    """The derived batch arithmetic and the algorithm in force, from the configuration alone."""
+    kept = f"{config.filtration}: {config.trained_per_prompt} of {config.samples_per_prompt} rollouts of a prompt"
+    return {**online_config.describe(config, world_size), "trained on": kept}
 
 
 def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
@@ -89,11 +89,15 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
     from llmrl.objectives.value import ValueRegression
     from llmrl.rollout.protocol import row_seed
     from llmrl.trainers.online import OnlineRun
+    from llmrl.trainers.reward_fits import RewardFits
 
-    algorithm = algorithm_of(config)
+    algorithm = config.resolve()
     critic = ValueRegression(config.value_clip).objective()
     learner = config.learner_options
     with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
+        fits = None if config.truth is None else RewardFits(config.truth, config.filtration_power)
+        if fits is not None:
+            online.learner.accelerator.register_for_checkpointing(fits)
         for step in online.session.steps():
             collected = online.collect(step)
             experience = online.experience(collected)
@@ -105,37 +109,11 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
                 counts_S = multiplicities(
                     rewards_S, group_S, config.filtration, draws, config.filtration_power, config.rows_per_prompt
                 )
-                metrics = filtration_metrics(rewards_S, group_S, counts_S) | reward_fits(config, collected, draws)
+                metrics = filtration_metrics(rewards_S, group_S, counts_S)
                 experience.set_weights(counts_S.tolist())
+                if fits is not None:
+                    fits.add(collected.groups)
+                    metrics |= fits.metrics(draws)
             critic_alone = critic if step < algorithm.critic_warmup else None
             online.record(collected, {**metrics, **online.improve(experience, step, critic_alone)})
         online.session.finish()
-
-
-def reward_fits(config: PFPPOConfig, collected: "Collected", draws: "torch.Generator") -> dict[str, float]:
-    """R^2 of the actual score's regression on the reward under each filtration; nothing without `truth`."""
-    import torch
-
-    from llmrl.objectives.filtration import rank_weights, reward_edges, reward_fit
-
-    if config.truth is None:
-        return {}
-    known = [
-        (rollout.reward, rollout.scores.get(config.truth), number)
-        for number, group in enumerate(collected.groups)
-        for rollout in group.rollouts
-    ]
-    sound = [(reward, truth, number) for reward, truth, number in known if reward is not None and truth is not None]
-    if not sound:
-        return {}
-    rewards_S, truth_S, group_S = (torch.tensor(column) for column in zip(*sound, strict=True))
-    edges = reward_edges(rewards_S)
-    fits = {}
-    for strategy in STRATEGIES:
-        weights_S = torch.ones(len(sound), dtype=torch.float64)
-        if strategy != "none":
-            weights_S = rank_weights(rewards_S, group_S, strategy, draws, config.filtration_power)
-        fits[strategy] = reward_fit(rewards_S, truth_S, weights_S, edges)
-    return {
-        f"filtration/r_squared/{strategy}": fit.r_squared for strategy, fit in fits.items() if fit.r_squared is not None
-    }

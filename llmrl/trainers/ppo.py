@@ -5,13 +5,11 @@ are those of TRL's PPOTrainer, which is gone since TRL 1.13. The critic is a val
 state.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from llmrl.objectives.presets import Preset, preset
 from llmrl.trainers import online_config
 from llmrl.trainers.online_config import OnlineConfig
 
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 class CriticConfig(OnlineConfig):
     """Critic: what it learns, and how advantages are made of it. `null` is the algorithm's own, published value."""
 
+    ranks_prompts: ClassVar[bool] = False
     learning_rate: Annotated[float, Field(gt=0)] = 3e-6
     """Peak learning rate of AdamW for the language model."""
     value_learning_rate: Annotated[float, Field(gt=0)] | None = 1e-4
@@ -41,14 +40,22 @@ class CriticConfig(OnlineConfig):
     critic_warmup: Annotated[int, Field(ge=0)] | None = None
     """Steps at the start in which only the critic learns."""
 
-    def over(self, algorithm: Preset) -> Preset:
-        algorithm = super().over(algorithm)
-        given = {name: getattr(self, name) for name in ("gamma", "lam", "critic_warmup")}
-        return dataclasses.replace(algorithm, **{name: value for name, value in given.items() if value is not None})
+    def algorithm_keys(self) -> dict[str, Any]:
+        own = {"gamma": self.gamma, "lam": self.lam, "critic_warmup": self.critic_warmup}
+        return super().algorithm_keys() | {name: value for name, value in own.items() if value is not None}
 
-    def settings(self, on_policy_engine: bool) -> dict[str, Any]:
+    def loss_keys(self) -> dict[str, Any]:
         own = {} if self.value_coef is None else {"value_coef": self.value_coef}
-        return {**super().settings(on_policy_engine), **own, "value_clip": self.value_clip}
+        return super().loss_keys() | own | {"value_clip": self.value_clip}
+
+    @model_validator(mode="after")
+    def _the_critic_is_the_baseline(self) -> Self:
+        if self.dynamic_sampling and not self.ranks_prompts:
+            raise ValueError(
+                "dynamic_sampling replaces prompts whose rollouts are equally good, because they teach methods that "
+                "compare them nothing; here a critic is the baseline, and they teach. Set it to false"
+            )
+        return self
 
     @property
     def learner_options(self) -> dict[str, Any]:
@@ -64,25 +71,13 @@ class PPOConfig(CriticConfig):
     samples_per_prompt: Annotated[int, Field(ge=1)] = 1
     """Rollouts of each prompt; the critic is the baseline, so one is enough."""
 
+    @property
+    def algorithm_name(self) -> str:
+        return self.method
+
 
 Config = PPOConfig
-
-
-def algorithm_of(config: PPOConfig) -> Preset:
-    """The preset with what was configured over it."""
-    return config.over(preset("ppo"))
-
-
-def describe(config: PPOConfig, world_size: int) -> dict[str, str | int | float]:
-    """The derived batch arithmetic, from the configuration alone."""
-    return online_config.describe(config, algorithm_of(config), world_size)
-
-
-def check(config: PPOConfig) -> list[str]:
-    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.online import check_online
-
-    return check_online(config, algorithm_of(config))
+describe, check = online_config.describe, online_config.check
 
 
 def train(config: PPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
@@ -90,7 +85,7 @@ def train(config: PPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.objectives.value import ValueRegression
     from llmrl.trainers.online import OnlineRun
 
-    algorithm = algorithm_of(config)
+    algorithm = config.resolve()
     critic = ValueRegression(config.value_clip).objective()
     learner = config.learner_options
     with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:

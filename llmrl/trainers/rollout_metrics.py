@@ -1,12 +1,12 @@
 """What is logged of rollouts, under TRL's names where the quantity is the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from llmrl.evaluation.intervals import mean_interval
 from llmrl.rollout.collector import Collected
-from llmrl.rollout.trajectory import Rollout, RolloutGroup, mean_reward
+from llmrl.rollout.trajectory import RolloutGroup, mean_reward
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
@@ -63,11 +63,11 @@ def heldout_metrics(groups: Sequence[RolloutGroup], asked: int) -> dict[str, flo
     completion. `asked`: how many rollouts there should be. Of several rollouts of a row the mean counts, as one
     observation: they are not independent of one another."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = _row_means(groups, lambda rollout: rollout.reward)
+    rewards = _row_means([[rollout.reward for rollout in group.rollouts] for group in groups])
     mean, low, high = mean_interval(rewards)
     metrics = {"reward": mean, "reward_interval_low": low, "reward_interval_high": high, "n": float(len(rewards))}
     for name in sorted({name for rollout in rollouts for name in rollout.scores}):
-        values = _row_means(groups, lambda rollout, name=name: rollout.scores.get(name))  # type: ignore[misc]
+        values = _row_means([[rollout.scores.get(name) for rollout in group.rollouts] for group in groups])
         metrics[name] = float(np.mean(values)) if values else float("nan")
     metrics["truncated"] = sum(r.truncated for r in rollouts) / max(len(rollouts), 1)
     metrics["mean_length"] = float(np.mean([r.num_sampled for r in rollouts])) if rollouts else 0.0
@@ -77,7 +77,7 @@ def heldout_metrics(groups: Sequence[RolloutGroup], asked: int) -> dict[str, flo
     return metrics
 
 
-def _row_means(groups: Sequence[RolloutGroup], value: Callable[[Rollout], float | None]) -> list[float]:
-    """The mean over each row's rollouts that have the value; rows without any are left out."""
-    found = [[v for rollout in group.rollouts if (v := value(rollout)) is not None] for group in groups]
+def _row_means(rows: Sequence[Sequence[float | None]]) -> list[float]:
+    """The mean of each row's values; rows without any are left out."""
+    found = [[value for value in row if value is not None] for row in rows]
     return [sum(values) / len(values) for values in found if values]

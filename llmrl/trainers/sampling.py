@@ -3,7 +3,8 @@
 Invariants
 - What a step rolls out follows from its number, the seed and the weights, so that a resumed run repeats it. A
   checkpoint holds the place in the rows and, where the next step's rollouts are sampled ahead, these.
-- What fails on one rank is raised on all of them: they go on, or end with a checkpoint, together.
+- What fails on one rank is raised on all of them: they go on, or end with a checkpoint, together. A signal to one of
+  them ends all collections within seconds, and nobody waits in a collective for another's.
 - The engine never samples with other weights than the learner's as they were when the collection began, and is never
   given new ones while it samples. With `max_staleness` 0 these are the newest, with 1 at most one step older.
 """
@@ -13,22 +14,32 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 from llmrl.data.order import RowCursor
 from llmrl.errors import LlmrlError, RefusedError, RunFailedError, RunInterruptedError
 from llmrl.learner.learner import Learner
+from llmrl.learner.meeting import Meeting
 from llmrl.learner.sharding import gather_objects
 from llmrl.objectives.presets import Preset
 from llmrl.rollout.collector import Collected, Collector, GroupPolicy, Progress, Task
 from llmrl.rollout.protocol import Engine, row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
-from llmrl.runs import Run, ranks
-from llmrl.trainers.engines import adapter_alone, build_engine, raise_together, synchronise
+from llmrl.runs import Run
+from llmrl.trainers.engines import (
+    adapter_alone,
+    build_engine,
+    length_within,
+    put_to_sleep,
+    raise_together,
+    synchronise,
+    wake_up,
+)
 from llmrl.trainers.online_config import OnlineConfig
 from llmrl.trainers.online_task import OnlineTask
 
 MOST_REFILLS = 10
+Summed = TypeVar("Summed", int, float, list[float])
 Share = Collected | LlmrlError
 """What one rank has collected, or why it could not."""
 
@@ -50,11 +61,9 @@ class Sampler:
                 "max_staleness 1 with engine.kind vllm shares random numbers with lora_dropout; set it to 0"
             )
         self.config, self.algorithm, self.task, self.learner, self.run = config, algorithm, task, learner, run
+        self.meeting, self._closing = Meeting(learner.accelerator), False
         self.engine = self._built()
         self.adapter = adapter_alone(config, learner)
-        longest = getattr(self.engine, "max_model_len", None)  # a server may take less than the model could
-        if longest is not None:
-            task.max_length = min(task.max_length or longest, longest)
         self.cursor = RowCursor(len(task.data.train), config.seed)
         self.version, self._synced = 0, -1  # how often the learner changed, and which of its states the engine has
         self._ahead: _Ahead | None = None
@@ -63,12 +72,14 @@ class Sampler:
         engine, failure = None, None
         try:
             engine = build_engine(self.config, self.learner, self.task.tokenizer, self.task.max_length)
+            self.task.max_length = length_within(engine, self.config, self.task.max_length, self.run.note)
         except LlmrlError as error:
             failure = error
         raise_together(self.learner.accelerator, failure)
         return engine
 
     def close(self) -> None:
+        self._closing = True
         if self._ahead is not None:
             self._ahead.wait()
         if self.engine is not None:
@@ -95,25 +106,41 @@ class Sampler:
             if self.config.max_staleness and not last:
                 self.synchronise()
                 self._ahead = _Ahead(self.cursor.position, functools.partial(self._step, step + 1))
+            self._rest()
         except BaseException:
             self.cursor.position = position  # a checkpoint that is left now repeats this step
             raise
+        if self.algorithm.dynamic_sampling:
+            found.groups = [group for group in found.groups if is_mixed(group)]
         return found
 
-    def heldout(self) -> list[Rollout]:
-        """One greedy rollout of every held-out row, with the newest weights."""
-        tasks = [Task(prompt.number, prompt.row, 1, i) for i, prompt in enumerate(self.task.data.heldout)]
-        if self._ahead is not None:
-            self._ahead.wait()
-        self.synchronise()
-        share = self._collect(tasks, 0.0, GroupPolicy("accept", min_rollouts=1), "held-out rows")
-        return [rollout for group in self._whole([share]).groups for rollout in group.rollouts]
+    def heldout(self) -> list[RolloutGroup]:
+        """`eval_samples` rollouts of every held-out row at `eval_temperature`, with the newest weights; their random
+        numbers are the same every time."""
+        samples, temperature = self.config.eval_samples, self.config.eval_temperature
+        tasks = [Task(prompt.number, prompt.row, samples, i) for i, prompt in enumerate(self.task.data.heldout)]
+        with self.run.listening():
+            if self._ahead is not None:
+                self._ahead.wait()
+                self._meet()
+            self.synchronise()
+            share = self._collect(tasks, temperature, GroupPolicy("accept", min_rollouts=1), "held-out rows")
+            whole = self._whole([share])
+            self._rest()
+        return whole.groups
 
     def synchronise(self) -> None:
-        """Give the engine the learner's weights, if they have changed since it got them."""
+        """Give the engine the learner's weights, if they have changed since it got them; it is awake afterwards."""
         if self._synced != self.version:
             synchronise(self.engine, self.learner, self.adapter, self.version)
             self._synced = self.version
+        elif self.config.engine.sleep:
+            wake_up(self.engine, self.learner.accelerator)
+
+    def _rest(self) -> None:
+        """What the engine holds is the learner's until something is sampled again, where that was asked for."""
+        if self.config.engine.sleep:
+            put_to_sleep(self.engine, self.learner.accelerator)
 
     # -- one collection ------------------------------------------------------------------------------------------
 
@@ -123,7 +150,7 @@ class Sampler:
         if self.algorithm.dynamic_sampling:
             for again in range(1, MOST_REFILLS + 1):
                 whole = self._whole(shares)
-                missing = self.config.prompts_per_step - sum(len(set(g.rewards)) > 1 for g in whole.groups)
+                missing = self.config.prompts_per_step - sum(is_mixed(group) for group in whole.groups)
                 if missing <= 0:
                     break
                 shares.append(self._asked(step, again, missing))
@@ -157,7 +184,7 @@ class Sampler:
             self.task.limits(),
             self.task.score,
             policy,
-            _Shown(self.run, what),
+            _Shown(self, what),
         )
         try:
             with accelerator.autocast():  # sampled in the precision that is trained in
@@ -168,19 +195,32 @@ class Sampler:
             if world == 1 and accelerator.num_processes == 1:
                 raise
             return RunFailedError(f"{what}: {type(error).__name__}: {error}")
+        finally:
+            judging = self.task.of_judging()  # what was noted belongs to this collection, however it ended
+        found.logged, found.tallies = judging
         for group in found.groups:
             group.place = rank + world * group.place
         return found
 
     def _whole(self, shares: list[Share]) -> Collected:
-        """All ranks' shares together, in the order of the tasks, without what dynamic sampling leaves out."""
+        """All ranks' shares together, in the order of the tasks."""
+        self._meet()
         everyone = gather_objects(self.learner.accelerator, _sound(shares) or [])
-        raise_together(self.learner.accelerator, next((s for s in shares if isinstance(s, LlmrlError)), None))
+        failure = next((share for share in shares if isinstance(share, LlmrlError)), None)
+        if self.run.interrupted and not self.run.training:  # nobody else would hear of it before the first step
+            failure = failure or RunInterruptedError("a signal asked for it before the first step")
+        raise_together(self.learner.accelerator, failure)
         rounds = [beside([theirs[i] for theirs in everyone]) for i in range(len(shares))]
-        whole = functools.reduce(added, rounds)
-        if self.algorithm.dynamic_sampling and self.config.samples_per_prompt > 1:
-            whole.groups = [group for group in whole.groups if len(set(group.rewards)) > 1 or len(group.rollouts) == 1]
-        return whole
+        return functools.reduce(added, rounds)
+
+    def _meet(self) -> None:
+        """Wait for the ranks that are still collecting."""
+        self.meeting.wait(lambda: self.run.interrupted)
+
+    def is_to_stop(self) -> bool:
+        """Whether a collection under way is to end: a signal asked any rank to stop, or nobody wants it any more."""
+        self.run.interrupted = self.meeting.stop_asked(self.run.interrupted) or self.run.interrupted
+        return self.run.interrupted or self._closing
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -188,7 +228,9 @@ class Sampler:
         """The place in the rows, and the rollouts that were sampled ahead (all ranks': called on all of them)."""
         if self._ahead is None:
             return {"position": self.cursor.position, "ahead": None}
-        shares = gather_objects(self.learner.accelerator, self._ahead.sound())
+        mine = self._ahead.sound()
+        self._meet()
+        shares = gather_objects(self.learner.accelerator, mine)
         if any(share is None for share in shares):  # the next step will say why; a resumed run tries again
             return {"position": self._ahead.position, "ahead": None}
         parts = [[asdict(part) for part in share or []] for share in shares]
@@ -233,19 +275,19 @@ class _Ahead:
 
 @dataclass
 class _Shown:
-    """Progress of a collection, said now and then; ends it when a signal asked this process to stop."""
+    """Progress of a collection, said now and then; ends it when the sampler is to stop."""
 
-    run: Run
+    sampler: Sampler
     what: str
     said_at: float = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        if self.run.training and self.run.interrupted and ranks.world_size() == 1:  # several ranks stop together, later
+        if self.sampler.is_to_stop():
             raise RunInterruptedError(f"a signal asked for it during {self.what}")
         if progress.seconds - self.said_at > 10:
             self.said_at = progress.seconds
             rate = progress.num_sampled / max(progress.seconds, 1e-9)
-            self.run.console.say(
+            self.sampler.run.console.say(
                 f"{self.what}: {progress.done} of {progress.total}, {rate:,.0f} sampled tokens/s, most wait for "
                 f"{progress.waiting_for}"
             )
@@ -257,15 +299,26 @@ def _sound(shares: Sequence[Share]) -> list[Collected] | None:
     return sound if len(sound) == len(shares) else None
 
 
+def is_mixed(group: RolloutGroup) -> bool:
+    """Whether some of a prompt's rollouts are better than others."""
+    return len(set(group.rewards)) > 1
+
+
 def added(first: Collected, second: Collected) -> Collected:
     """What two collections brought, one after the other."""
-    counts = {n: first.counts.get(n, 0) + second.counts.get(n, 0) for n in {*first.counts, *second.counts}}
     return Collected(
         first.groups + second.groups,
-        counts,
+        _sums(first.counts, second.counts, 0),
         first.seconds + second.seconds,
         first.num_sampled + second.num_sampled,
+        _sums(first.logged, second.logged, []),
+        _sums(first.tallies, second.tallies, 0.0),
     )
+
+
+def _sums(first: dict[str, Summed], second: dict[str, Summed], nothing: Summed) -> dict[str, Summed]:
+    names = dict.fromkeys((*first, *second))
+    return {name: first.get(name, nothing) + second.get(name, nothing) for name in names}
 
 
 def beside(shares: Sequence[Collected]) -> Collected:

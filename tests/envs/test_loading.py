@@ -160,3 +160,15 @@ def test_two_files_of_one_name_are_two_modules(file: Path, tmp_path: Path) -> No
     other.write_text(OWN.replace('"same"', '"equal"').replace("import neighbour_of_echo\n", ""))
     first, second = envs.load(f"{file}:Echo").make({"word": ""}, 0), envs.load(f"{other}:Echo").make({"word": ""}, 0)
     assert type(first).__module__ != type(second).__module__
+
+
+def test_environments_say_whether_an_episode_takes_several_messages(tmp_path: Path) -> None:
+    said = {name: envs.load(name).multi_turn for name in ("calculator", "number_guessing", "question_answer", "wordle")}
+    assert said == {"calculator": True, "number_guessing": True, "question_answer": False, "wordle": True}
+    single = {"calculator": {"max_calls": "0"}, "number_guessing": {"guesses": "1"}, "wordle": {"guesses": "1"}}
+    assert not any(envs.load(name, options).multi_turn for name, options in single.items())
+    methods = "".join(f"    def {name}(self, *message): pass\n" for name in ("init", "step", "close"))
+    for line, expected in (("multi_turn = True", True), ("multi_turn = False", False), ("other = 1", False)):
+        file = tmp_path / f"own_{line[:3]}{expected}.py"
+        file.write_text(f"class Own:\n    {line}\n    def __init__(self, row, seed): pass\n{methods}")
+        assert envs.load(f"{file}:Own").multi_turn is expected

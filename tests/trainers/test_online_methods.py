@@ -1,6 +1,7 @@
 """What stands between a method's objective and its loop: rewards as published, warm-ups, filters, reasons to stop."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support.models import make_tiny_model
-from support.online_run import METHODS, run_online, write_online_config
+from support.online_run import METHODS, evals, run_online, write_online_config
 from support.recipe_run import final_weights, metrics
 
+from llmrl.evaluation.intervals import wilson_interval
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.sequences import TokenSequence
 from llmrl.objectives.value import ValueRegression
 from llmrl.rewards.scoring import Scorer
+from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.trainers.rlsp import RLSPConfig
+from llmrl.trainers.rollout_metrics import heldout_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +110,122 @@ def test_dapo_judges_groups_before_it_punishes_length(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run_online("loop", config) == 0
     assert metrics(tmp_path / "run")[0]["updates"] == 0
+
+
+def sampled(run: Path, step: int = 1) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rollouts" / f"step_{step}.jsonl").read_text().splitlines()]
+
+
+def test_dapo_without_dynamic_sampling_trains_on_what_it_got(tmp_path: Path) -> None:
+    (tmp_path / "equal.py").write_text(EQUAL)
+    config = write_online_config(
+        tmp_path, rewards=[f"{tmp_path / 'equal.py'}:equal"], algorithm="dapo_clip", max_steps=2, eval_rows=0,
+        dynamic_sampling=False, overlong_buffer=0, max_completion_length=20,
+    )  # fmt: skip
+    assert run_online("loop", config) == 0
+    for step, line in enumerate(metrics(tmp_path / "run"), 1):
+        assert (line["rollouts"], line["frac_reward_zero_std"], line["updates"]) == (16, 1, 0)
+        assert len({record["row"] for record in sampled(tmp_path / "run", step)}) == 4
+        assert not any("penalty" in record for record in sampled(tmp_path / "run", step))
+
+
+@pytest.mark.parametrize(("method", "buffer"), [("loop", 0.5), ("loop", 1.0), ("rlsp", 0.5), ("pf_ppo", 0.5)])
+def test_an_overlong_buffer_punishes_long_answers_beside_the_reward(tmp_path: Path, method: str, buffer: float) -> None:
+    """DAPO's Eq. 13 with L 20: of 0.5, 0 up to 10 tokens and -1/10 for each further one. Equal rewards teach then."""
+    (tmp_path / "equal.py").write_text(EQUAL)
+    config = write_online_config(
+        tmp_path, rewards=[f"{tmp_path / 'equal.py'}:equal"], max_steps=1, eval_rows=0, max_completion_length=20,
+        overlong_buffer=buffer,
+    )  # fmt: skip
+    assert run_online(method, config) == 0
+    records = sampled(tmp_path / "run")
+    free = 20 - 20 * buffer
+    for record in records:
+        expected = min((free - record["num_sampled"]) / (20 - free), 0.0)
+        assert (record["reward"], record.get("penalty", 0.0)) == (0.0, pytest.approx(expected))
+    assert len({record["num_sampled"] for record in records}) > 3
+    assert min(record.get("penalty", 0.0) for record in records) < 0
+    assert metrics(tmp_path / "run")[0]["updates"] >= 1
+
+
+def test_held_out_rows_may_be_answered_several_times_at_a_temperature(tmp_path: Path) -> None:
+    greedy = write_online_config(tmp_path, max_steps=1, eval_rows=6)
+    assert run_online("loop", greedy, "--output_dir", str(tmp_path / "greedy")) == 0
+    several = write_online_config(tmp_path, max_steps=1, eval_rows=6, eval_temperature=1.0, eval_samples=5)
+    assert run_online("loop", several) == 0
+    assert run_online("loop", several, "--output_dir", str(tmp_path / "again")) == 0
+    assert final_weights(tmp_path / "run") == final_weights(tmp_path / "greedy")
+    (one, *_), (found, *_) = evals(tmp_path / "greedy"), evals(tmp_path / "run")
+    assert evals(tmp_path / "again")[0]["metrics"] == found["metrics"]
+    assert (one["metrics"]["n"], found["metrics"]["n"]) == (6, 6)
+    assert found["metrics"]["reward"] != one["metrics"]["reward"]
+    assert "without_reward" not in found["metrics"]
+
+
+def test_the_interval_of_several_answers_is_over_rows() -> None:
+    """Rows of 1, 1, 0 and 0 in four answers each: four observations, and not sixteen."""
+    rows = [[1.0] * 4, [1.0] * 4, [0.0] * 4, [0.0, 0.0, None, 0.0]]
+    groups = [
+        RolloutGroup(i + 1, {}, [Rollout(i + 1, s, 0, [], [], [], 0, "completed", reward=r) for s, r in enumerate(row)])
+        for i, row in enumerate(rows)
+    ]
+    found = heldout_metrics(groups, 16)
+    low, high = wilson_interval(2, 4)
+    assert (found["reward"], found["n"], found["without_reward"]) == (0.5, 4, 1)
+    assert (found["reward_interval_low"], found["reward_interval_high"]) == (low, high)
+
+
+@pytest.mark.parametrize("words", ["red", "red blue"])
+def test_a_stop_token_ends_answers_and_one_that_is_none_is_refused(
+    tmp_path: Path, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_online_config(tmp_path, max_steps=1, eval_rows=0, stop_tokens=[words], max_completion_length=20)
+    code = run_online("loop", config)
+    if words != "red":
+        assert code == 2
+        assert "stop_tokens: 'red blue' is not one token" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+        return
+    said = [record["messages"][0]["content"].split() for record in sampled(tmp_path / "run")]
+    assert any(words and words[-1] == "red" for words in said)
+    assert not any("red" in words[:-1] for words in said)
+
+
+@pytest.mark.parametrize("options", [{}, {"guesses": 1}])
+def test_one_turn_of_a_game_of_several_is_refused(
+    tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    game = {"dataset_name": None, "rewards": [], "environment": "number_guessing", "environment_options": options}
+    code = run_online("loop", write_online_config(tmp_path, max_steps=1, eval_rows=0, max_empty_steps=5, **game))
+    if options:
+        assert code == 0
+        return
+    assert code == 2
+    assert "rollout.max_turns 1 would cut it off after the first" in capsys.readouterr().err
+
+
+def test_an_environment_that_always_goes_on_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS + EQUAL)
+    own = {"environment": f"{tmp_path / 'endless.py'}:Endless", "rewards": [f"{tmp_path / 'endless.py'}:equal"]}
+    config = write_online_config(tmp_path, max_steps=2, eval_rows=0, **own)
+    assert run_online("loop", config) == 0
+    assert capsys.readouterr().out.count("is rollout.max_turns 1 meant?") == 1
+
+
+ENDLESS = """
+class Endless:
+    def __init__(self, row, seed):
+        self.row = row
+
+    def init(self):
+        return [{"role": "user", "content": self.row["prompt"]}]
+
+    def step(self, message):
+        return [{"role": "user", "content": "cat"}], False
+
+    def close(self):
+        pass
+"""
 
 
 @pytest.mark.parametrize("value_gradient", [False, True])

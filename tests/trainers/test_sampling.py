@@ -1,20 +1,28 @@
 """Where rollouts come from: rows in their order, refills of what teaches nothing, shares of ranks, checkpoints."""
 
+import asyncio
+import copy
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.online_run import REWARD, run_online, write_online_config
+import yaml
+from support.online_run import REWARD, evals, run_online, write_online_config
 from support.recipe_run import final_weights, metrics
 
 import llmrl.runs.report
+import llmrl.trainers.sampling
 from llmrl.errors import RunFailedError
 from llmrl.rollout.collector import Collected
+from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.trainers.experience import Experience
+from llmrl.trainers.loop import LOOPConfig
+from llmrl.trainers.online import keep_rollouts
+from llmrl.trainers.online_task import OnlineTask
 from llmrl.trainers.sampling import MOST_REFILLS, _Ahead, _restored, added, beside
 
 
@@ -38,18 +46,23 @@ def rollouts(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 def test_collections_one_after_the_other_and_beside_each_other() -> None:
-    first = Collected([group(0, 1.0)], {"rollouts": 1, "completed": 1}, 2.0, 10)
-    second = Collected([group(2, 2.0)], {"rollouts": 2}, 3.0, 5)
+    first = Collected([group(0, 1.0)], {"rollouts": 1, "completed": 1}, 2.0, 10, {"length": [1.0]}, {"failures": 1.0})
+    second = Collected([group(2, 2.0)], {"rollouts": 2}, 3.0, 5, {"length": [2.0, 6.0]}, {"failures": 2.0, "late": 0.5})
     third = Collected([group(1, 3.0)], {}, 1.0, 0)
     after = added(first, second)
     assert ([g.place for g in after.groups], after.seconds, after.num_sampled) == ([0, 2], 5.0, 15)
     assert after.counts == {"rollouts": 3, "completed": 1}
+    assert after.of_judging == {"length": 3.0, "failures": 3.0, "late": 0.5}
     whole = beside([first, second, third])
     assert ([g.place for g in whole.groups], whole.seconds, whole.num_sampled) == ([0, 1, 2], 3.0, 15)
+    assert whole.of_judging == after.of_judging
+    assert first.of_judging == {"length": 1.0, "failures": 1.0}
 
 
 def test_rollouts_come_out_of_a_checkpoint_as_they_went_in() -> None:
-    collected = Collected([group(0, 1.0, 2.0), group(1, 0.5)], {"rollouts": 3}, 1.5, 3)
+    collected = Collected(
+        [group(0, 1.0, 2.0), group(1, 0.5)], {"rollouts": 3}, 1.5, 3, {"length": [1.0]}, {"failures": 1}
+    )
     assert _restored(asdict(collected)) == collected
 
 
@@ -74,6 +87,73 @@ def test_each_epoch_asks_every_row_once_and_each_row_as_often_as_it_should_be(tm
     assert len(set(seeds)) == 40
 
 
+NUMBERED = (
+    REWARD
+    + """
+calls = 0
+
+def numbered(completions, log_metric, **columns):
+    global calls
+    calls += 1
+    log_metric("call", calls)
+    return [None, *paid(completions)[1:]]
+"""
+)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_reward_functions_note_is_the_metric_of_its_own_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Four prompts a step and six held-out rows after each: every collection has its own numbers of calls, whoever
+    sampled it and when."""
+    (tmp_path / "reward.py").write_text(NUMBERED)
+    settings: dict[str, Any] = {"max_staleness": 1, "engine": {"kind": "vllm"}} if ahead else {}
+    if ahead:
+        monkeypatch.setattr(llmrl.trainers.sampling, "build_engine", engine_of_its_own)
+    rewards = [f"{tmp_path / 'reward.py'}:numbered"]
+    config = write_online_config(tmp_path, rewards=rewards, eval_steps=1, max_steps=3, **settings)
+    assert run_online("loop", config) == 0
+    lines = metrics(tmp_path / "run")
+    asked_first = [7, 11, 21] if ahead else [7, 17, 27]
+    assert [line["call"] for line in lines] == [first + 1.5 for first in asked_first]
+    assert [line["rewards/numbered/no_score"] for line in lines] == [4, 4, 4]
+
+
+def engine_of_its_own(config: Any, learner: Any, tokenizer: Any, max_length: int | None) -> HuggingFaceEngine:
+    """One that may sample while the learner trains."""
+    return HuggingFaceEngine(copy.deepcopy(learner.causal_lm), tokenizer)
+
+
+def test_an_episode_that_nobody_judged_has_no_reward_and_one_that_was_cut_has_0(tmp_path: Path) -> None:
+    settings = {"dataset_name": None, "rewards": [], "environment": "number_guessing", "environment_weight": 0.5}
+    settings["rollout"] = {"max_turns": 4}
+    config = LOOPConfig(**yaml.safe_load(write_online_config(tmp_path, **settings).read_text()))
+    task = OnlineTask(config, config.resolve(), print)
+    judged, silent, cut = (group(0, 0.0).rollouts[0] for _ in range(3))
+    silent.turns = cut.turns = [replace(judged.turns[0], rewards={})]
+    cut.end_state = "truncated-turns"
+    asyncio.run(task.score(RolloutGroup(1, {}, [judged, silent, cut])))
+    assert [judged.reward, silent.reward, cut.reward] == [0.5, None, 0.0]
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 4]), (2, [3, 4]), (0, [])])
+def test_rollouts_are_kept_of_as_many_steps_as_asked_for(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
+    assert run_online("loop", write_online_config(tmp_path, save_rollouts=limit, eval_rows=0)) == 0
+    found = sorted(file.name for file in (tmp_path / "run").glob("rollouts/*"))
+    assert found == [f"step_{step}.jsonl" for step in kept]
+
+
+def test_files_of_steps_to_come_are_of_an_earlier_attempt_and_go(tmp_path: Path) -> None:
+    for name in ("step_1.jsonl", "step_2.jsonl", "step_10.jsonl", "step_3.jsonl.gz", "notes.txt"):
+        (tmp_path / name).write_text("")
+    keep_rollouts(tmp_path, 2, [group(0, 1.0).rollouts[0]], str, None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "notes.txt", "step_1.jsonl", "step_2.jsonl", "step_3.jsonl.gz",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "step_2.jsonl").read_text())["reward"] == 1.0
+
+
 PICKY = (
     REWARD
     + """
@@ -96,10 +176,26 @@ def picky(tmp_path: Path, function: str = "picky", **settings: Any) -> Path:
     return write_online_config(tmp_path, **{**given, "max_completion_length": 4, **settings})
 
 
-def test_dynamic_sampling_replaces_prompts_that_teach_nothing(tmp_path: Path) -> None:
-    config = picky(tmp_path)
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("loop", {}),
+        ("loop", {"algorithm": "loop", "dynamic_sampling": True}),
+        ("loop", {"algorithm": "grpo", "dynamic_sampling": True, "max_staleness": 1, "engine": {"kind": "vllm"}}),
+        ("pf_ppo", {"algorithm": None, "dynamic_sampling": True, "eval_rows": 4, "eval_steps": 2}),
+    ],
+)
+def test_dynamic_sampling_replaces_prompts_that_teach_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict[str, Any]
+) -> None:
+    """Of any algorithm that compares a prompt's rollouts; held-out rows are never left out."""
+    if "engine" in settings:
+        monkeypatch.setattr(llmrl.trainers.sampling, "build_engine", engine_of_its_own)
+    config = picky(tmp_path, **settings)
     teaching = {i + 1 for i in range(12) if i % 4 == 0}
-    assert run_online("loop", config) == 0
+    assert run_online(method, config) == 0
+    if "eval_rows" in settings:  # by their hashes there is one, and all its answers are worth the same
+        assert [entry["metrics"]["reward"] for entry in evals(tmp_path / "run")] == [0.5] * 3
     for step, line in enumerate(metrics(tmp_path / "run"), 1):
         records = rollouts(tmp_path / "run", step)
         assert {record["row"] for record in records} <= teaching
@@ -117,10 +213,11 @@ def test_dynamic_sampling_gives_up_where_nothing_teaches(tmp_path: Path, capsys:
     assert MOST_REFILLS == 10
 
 
+@pytest.mark.parametrize("algorithm", ["dapo_clip", "loop"])
 def test_a_resumed_run_with_dynamic_sampling_goes_on_at_the_right_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
-    config = picky(tmp_path, save_steps=1)
+    config = picky(tmp_path, save_steps=1, algorithm=algorithm, dynamic_sampling=True, overlong_buffer=0.5)
     assert run_online("loop", config, "--output_dir", str(tmp_path / "reference")) == 0
     train, calls = Experience.train, 0
 

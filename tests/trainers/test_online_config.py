@@ -1,0 +1,128 @@
+"""From keys to the algorithm in force: presets are the published ones, keys change what they say, none is ignored."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from support.online_run import METHODS
+
+from llmrl.objectives.presets import PRESETS, preset
+from llmrl.objectives.settings import LossSettings
+from llmrl.trainers.online_config import OnlineConfig
+
+OF_CRITICS = ("ppo", "rlsp", "pf_ppo")
+
+
+def config(algorithm: str, **settings: Any) -> OnlineConfig:
+    """16 prompts x 8 samples; `algorithm` is a method where it has a critic."""
+    method = algorithm if algorithm in OF_CRITICS else "loop"
+    own = {} if method != "loop" else {"algorithm": algorithm}
+    base = {"model_name_or_path": "starter", "dataset_name": "x", "output_dir": "y", "samples_per_prompt": 8}
+    rewards = {} if method == "rlsp" else {"rewards": ["correct_number"]}
+    return METHODS[method].Config(**{**base, **rewards, **own, **settings})
+
+
+def described(algorithm: str, **settings: Any) -> dict[str, Any]:
+    given = config(algorithm, **settings)
+    return METHODS[given.method].describe(given, 1)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_without_any_key_is_the_published_algorithm(name: str) -> None:
+    given = config(name)
+    found, published = given.resolve(), preset(name)
+    sizes = {"max_completion_length": 256, "sequences_per_update": 32}
+    assert LossSettings(**found.loss) == published.settings(**sizes)
+    names = set(vars(published)) - {"loss"}
+    assert {key: getattr(found, key) for key in names} == {key: getattr(published, key) for key in names}
+    assert found.policy_gradient() == published.policy_gradient(**sizes)
+    assert described(name)["algorithm"] == f"{name}, as published"
+
+
+def test_the_dry_run_says_what_is_in_force() -> None:
+    lines = described("loop_code")
+    assert lines["optimizer steps per step"] == "2 epochs x 4 updates of 32 rollouts"
+    assert lines["loss"] == (
+        "ratio of a token, clipped (reciprocal) to [0.909091, 1.1]; sequence_mean_token_mean, divided by 32 rollouts"
+    )
+    own = described("grpo", beta=0, clip_high=0.28, rollouts_per_update=16, dynamic_sampling=True, overlong_buffer=0.25)
+    assert own["algorithm"] == (
+        "grpo, but for kl none (published: loss), beta 0.0 (published: 0.04), rollouts_per_update 16 (published: 1 "
+        "updates an epoch), dynamic_sampling True (published: False), overlong_buffer 0.25 (published: 0.0), "
+        "clip_high 0.28 (published: 0.2)"
+    )
+    assert own["advantages"] == (
+        "group_normalised; prompts of equal rewards are replaced; length is punished in the last 25% before its limit"
+    )
+    assert own["KL to the reference"] == "none"
+    assert described("grpo")["KL to the reference"] == "k3 in the loss, beta 0.04"
+    assert "which one update a step never reaches" in described("grpo")["loss"]
+    assert "never reaches" not in own["loss"]
+    critic = described("ppo", lam=1, value_coef=0.5, entropy_coef=0.01, engine={"kind": "vllm"})
+    assert critic["advantages"] == "gae, gamma 1, lambda 1, whitened (unbiased variance)"
+    assert critic["loss"].endswith("token_mean; entropy x 0.01; values x 0.5")
+    assert critic["KL to the reference"] == "k1 in the reward, beta 0.05"
+    assert critic["sampler's correction"] == "truncate, a token, up to 3"
+    for key in (
+        "lam 1.0 (published: 0.95)",
+        "value_coef 0.5 (published: 0.1)",
+        "correction truncate (published: none)",
+    ):
+        assert key in critic["algorithm"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("epochs_per_step", 3, "epochs"), ("rollouts_per_update", 16, "rollouts_per_update"), ("gamma", 0.9, "gamma"),
+        ("lam", 0.5, "lam"), ("critic_warmup", 7, "critic_warmup"), ("overlong_buffer", 0.5, "overlong_buffer"),
+        ("dynamic_sampling", True, "dynamic_sampling"), ("beta", 0.3, "beta"),
+    ],
+)  # fmt: skip
+def test_a_key_changes_the_field_that_it_names_and_no_other(key: str, value: float, field: str) -> None:
+    before, after = config("pf_ppo").resolve(), config("pf_ppo", **{key: value}).resolve()
+    assert {name for name, its in vars(after).items() if its != getattr(before, name)} == {field}
+    assert getattr(after, field) == value
+
+
+@pytest.mark.parametrize("key", ["clip_low", "clip_high", "entropy_coef", "value_coef", "value_clip"])
+def test_a_key_of_the_loss_reaches_the_objective(key: str) -> None:
+    assert getattr(config("ppo", **{key: 0.37}).resolve().policy_gradient(), key) == 0.37
+
+
+def test_beta_goes_where_the_algorithm_has_its_kl() -> None:
+    assert (config("rloo", beta=0.2).resolve().kl, config("loop", beta=0.2).resolve().kl) == ("reward", "loss")
+    assert config("loop", beta=0.2).resolve().policy_gradient().beta == 0.2
+    assert config("rloo", beta=0.2).resolve().policy_gradient().beta == 0
+    assert config("grpo", beta=0).resolve().policy_gradient().beta == 0
+
+
+def test_loops_divisor_is_never_more_than_a_steps_rollouts() -> None:
+    assert config("loop", prompts_per_step=2).resolve().policy_gradient().sequences_divisor == 16
+    assert config("loop", rollouts_per_update=64).resolve().policy_gradient().sequences_divisor == 64
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "said"),
+    [
+        ("loop_code", {"clip_low": 0.1}, r"clip_low would be ignored: the band of LOOP's code is \[1 / \(1 \+ clip_h"),
+        ("rloo", {"clip_high": 0.3}, "clip_high would be ignored: this algorithm does not clip"),
+        ("reinforce", {"clip_low": 0.3}, "clip_low would be ignored"),
+        ("ppo", {"dynamic_sampling": True}, "a critic is the baseline"),
+        ("rlsp", {"dynamic_sampling": True}, "a critic is the baseline"),
+        ("reinforce_plus_plus", {"dynamic_sampling": True, "samples_per_prompt": 1}, "samples_per_prompt 1 that is"),
+        ("pf_ppo", {"dynamic_sampling": True, "samples_per_prompt": 1, "filtration": "none"}, "samples_per_prompt 1"),
+        ("loop", {"overlong_buffer": 1.5}, "overlong_buffer"),
+        ("loop", {"eval_samples": 4}, "eval_samples 4 at eval_temperature 0"),
+        ("loop", {"eval_temperature": -1}, "eval_temperature"),
+    ],
+)
+def test_keys_that_would_be_ignored_are_refused(algorithm: str, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        config(algorithm, **settings)
+
+
+def test_what_is_off_by_itself_may_be_said_to_be_off() -> None:
+    assert not config("ppo", dynamic_sampling=False, samples_per_prompt=1).resolve().dynamic_sampling
+    off = config("dapo_clip", dynamic_sampling=False, overlong_buffer=0)
+    assert (off.resolve().dynamic_sampling, off.resolve().overlong_buffer) == (False, 0)
