@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from llmrl.errors import RefusedError
+from llmrl.errors import RefusedError, RunFailedError
 from llmrl.rollout.decoding import base_model, decoding_mode, draw, row_uniforms
-from llmrl.rollout.protocol import Completion, FinishReason, SamplingParams
+from llmrl.rollout.protocol import ASLEEP, Completion, FinishReason, SamplingParams
 from llmrl.rollout.stepped import SteppedEngine
 
 COMPACT_BELOW = 0.75  # share of rows still going under which the finished ones leave, which copies the cache
@@ -68,19 +68,27 @@ class HuggingFaceEngine(SteppedEngine):
         self.max_rows, self.max_cache_tokens = max_rows, max_cache_tokens
         self._waiting: list[_Row] = []
         self._batch: _Batch | None = None
+        self._is_asleep = False
         self._takes_positions = "position_ids" in inspect.signature(base_model(model).forward).parameters
 
     # -- the engine's own --------------------------------------------------------------------------------------
 
     def sync(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """The model is the learner's own, so only the version changes; `weights` are not read."""
-        self.policy_version = version
+        self.policy_version, self._is_asleep = version, False
 
     def sleep(self) -> None:
-        """Nothing is held between calls."""
+        """Keys and values went with the last completion. What torch keeps of a GPU's memory for more of them, which
+        training has other sizes for, goes now. Raises RunFailedError where something is under way."""
+        if self._waiting or self._batch is not None:
+            raise RunFailedError("completions are under way, so the engine cannot sleep")
+        self._is_asleep = True
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        """Nothing to do."""
+        """Be ready to sample again."""
+        self._is_asleep = False
 
     def close(self) -> None:
         """Nothing to do."""
@@ -92,6 +100,8 @@ class HuggingFaceEngine(SteppedEngine):
         return {i for i in (self.tokenizer.eos_token_id, *own, *sampling.stop_token_ids) if i is not None}
 
     def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams, number: int) -> None:
+        if self._is_asleep:
+            raise RunFailedError(ASLEEP)
         limit = getattr(base_model(self.model).config, "max_position_embeddings", None)
         if not len(prompt_ids):
             raise RefusedError(f"prompt {number} is empty: there is nothing to continue")

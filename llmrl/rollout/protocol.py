@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+ASLEEP = "the engine sleeps, and nothing can be sampled before it was synchronised or woken"
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,12 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give memory back until `wake`, where the engine can."""
+        """Give memory back until `sync` or `wake`; nothing may be under way, and nothing is sampled meanwhile. Raises
+        RefusedError where the engine cannot."""
         ...
 
     def wake(self) -> None:
-        """Be ready to sample again."""
+        """Be ready to sample again, with the weights of before; nothing where the engine is awake."""
         ...
 
     def close(self) -> None:

@@ -57,9 +57,12 @@ def at_home() -> Iterator[None]:
 
 @contextmanager
 def random_state(everything: bool = False) -> Iterator[None]:
-    """The global random numbers are afterwards what they were: torch's, and with `everything` Python's and NumPy's."""
+    """The global random numbers are afterwards what they were: torch's on the CPU and the GPU in use, and with
+    `everything` on all GPUs, Python's and NumPy's."""
     others = (random.getstate(), np.random.get_state()) if everything else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices: list[int] = []
+    if torch.cuda.is_initialized():
+        devices = list(range(torch.cuda.device_count())) if everything else [torch.cuda.current_device()]
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -2,12 +2,14 @@
 
 Invariants
 - Every wait has an end, and says when it comes whom it asked to do what.
-- A server that has failed may have been started anew, with other weights: it is made sure of before it is used again.
+- A server that has failed, or has given nothing for a while, may have been started anew, with other weights: it is made
+  sure of before it is used again.
 """
 
 import asyncio
 import ipaddress
 import json
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,8 @@ from llmrl.errors import RefusedError, RunFailedError
 FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0
 """Seconds before a server that failed is asked again: doubled at each failure, up to the second number."""
 CONNECT_SECONDS = 10.0
+SURE_SECONDS = 1.0
+"""After its last completion a server is taken to be the same for so long, in which none is started anew."""
 
 
 @dataclass
@@ -31,8 +35,17 @@ class Server:
     in_flight: int = 0
     failures: int = 0
     retry_at: float = 0.0
-    is_sure: bool = True
+    is_sure: bool = False
+    gave_at: float = -math.inf
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def is_known(self) -> bool:
+        """Whether it has the weights that it was given last."""
+        return self.is_sure and time.monotonic() - self.gave_at < SURE_SECONDS
+
+    def made_sure(self) -> None:
+        """It has the newest weights."""
+        self.is_sure, self.gave_at = True, time.monotonic()
 
     def failed(self) -> None:
         """Requests that fail together count once."""
@@ -71,7 +84,9 @@ class Fleet:
             try:
                 await asyncio.sleep(max(0.0, server.retry_at - time.monotonic()))
                 await self._sure(server)
-                return await self._once(server, "POST", path, body, what, seconds)
+                answer = await self._once(server, "POST", path, body, what, seconds)
+                server.gave_at = time.monotonic()
+                return answer
             except NoAnswerError as error:
                 first_failure = first_failure or time.monotonic()
                 self._give_up_after(first_failure, error, what)
@@ -101,12 +116,12 @@ class Fleet:
                 await asyncio.sleep(max(0.0, server.retry_at - time.monotonic()))
 
     async def _sure(self, server: Server) -> None:
-        if server.is_sure:
+        if server.is_known():
             return
         async with server.lock:
-            if not server.is_sure:
+            if not server.is_known():
                 await self.make_sure(server)
-                server.is_sure = True
+                server.made_sure()
 
     async def _once(
         self, server: Server, method: str, path: str, body: dict[str, Any] | None, what: str, seconds: float

@@ -12,8 +12,10 @@ Invariants
 
 import gc
 import math
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.rollout import vllm_guest
-from llmrl.rollout.protocol import Completion, FinishReason, SamplingParams
+from llmrl.rollout.protocol import ASLEEP, Completion, FinishReason, SamplingParams
 from llmrl.rollout.stepped import SteppedEngine
 from llmrl.rollout.vllm_weights import ExpectedWeights, largest_rank, write_adapter
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Widths of an attention head that vLLM's CPU attention computes; it finds out in the middle of a step."""
+NO_SLEEP = "vLLM gives memory back on a GPU only, and there is none here. Remedy: set engine.sleep to false"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class VLLMOptions:
 
     dtype: "auto" is float32 on a CPU and the model's own on a GPU. max_model_len: tokens of prompt and completion
     together, None for the model's positions. max_concurrent: completions in one step. kv_cache_gib: memory for keys and
-    values on a CPU; gpu_memory_share: of the GPU's memory for weights, keys and values.
+    values on a CPU; gpu_memory_share: of the GPU's memory for weights, keys and values. sleep_mode: memory is taken so
+    that `sleep` can give it back.
     """
 
     dtype: str = "auto"
@@ -50,6 +54,7 @@ class VLLMOptions:
     kv_cache_gib: float = 1.0
     gpu_memory_share: float = 0.4
     prefix_caching: bool = True
+    sleep_mode: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class VLLMEngine(SteppedEngine):
         self._unfit = ""
         self._is_damaged = False
         with vllm_guest.at_home():
-            _check_heads(model)
+            _check_machine(model, self.options)
             self._expected = ExpectedWeights.of(model)
             self._engine: Any = self._build()
         self._vocabulary = self._engine.model_config.get_vocab_size()
@@ -96,6 +101,8 @@ class VLLMEngine(SteppedEngine):
     def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams, number: int) -> None:
         if self._unfit:
             raise RunFailedError(f"nothing can be sampled before a sync succeeds: {self._unfit}")
+        if self._is_asleep:
+            raise RunFailedError(ASLEEP)
         check_prompt(prompt_ids, sampling, number, self.max_model_len, self._vocabulary)
 
     def _add(self, key: int, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
@@ -168,6 +175,7 @@ class VLLMEngine(SteppedEngine):
         if isinstance(weights, Mapping):
             weights = list(weights.items())
         try:
+            self.wake()
             if self.adapter is not None:
                 self._take_adapter(weights, version)
             else:
@@ -197,6 +205,8 @@ class VLLMEngine(SteppedEngine):
         from vllm.lora.request import LoRARequest
 
         assert self.adapter is not None
+        if self._is_damaged:
+            self._rebuild()
         number = 1 + self._active.lora_int_id if self._active else 1
         folder = Path(self._folder.name) / f"v{number}"
         write_adapter(weights, self.adapter, folder)
@@ -212,15 +222,14 @@ class VLLMEngine(SteppedEngine):
         for name in [name for name in self._adapters if name not in in_use]:
             gone = self._adapters.pop(name)
             self._engine.engine_core.remove_lora(gone.lora_int_id)
-            for file in Path(gone.lora_path).iterdir():
-                file.unlink()
-            Path(gone.lora_path).rmdir()
+            shutil.rmtree(gone.lora_path)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
     def _build(self) -> Any:
         from vllm import EngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         machine = _cpu_settings(self.model, self.options) if current_platform.is_cpu() else _gpu_settings(self.options)
@@ -242,7 +251,8 @@ class VLLMEngine(SteppedEngine):
             **lora,
         )
         try:
-            return LLMEngine.from_engine_args(arguments)
+            # Said to be `LLM`'s: without a word a GPU's step has 2,048 tokens instead of the 8,192 or 16,384 of that.
+            return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
         except (ValueError, RuntimeError, OSError) as error:
             raise RefusedError(f"vLLM cannot be started with {self.model}: {error}") from error
 
@@ -251,20 +261,50 @@ class VLLMEngine(SteppedEngine):
         self._shut_down()
         with vllm_guest.at_home():
             self._engine = self._build()
+        for gone in self._adapters.values():
+            shutil.rmtree(gone.lora_path)
+        self._adapters.clear()
         self._is_damaged = False
 
     def _shut_down(self) -> None:
-        engine, self._engine = self._engine, None
+        asleep, engine, self._engine = self._is_asleep, self._engine, None
         if engine is not None:
+            if asleep:  # vLLM can only free what is there; what does not come back now is freed with the process
+                with suppress(RuntimeError):
+                    engine.wake_up()
             engine.engine_core.shutdown()
             del engine
             gc.collect()
 
+    @property
+    def _is_asleep(self) -> bool:
+        return self._engine is not None and self._engine.is_sleeping()
+
     def sleep(self) -> None:
-        """Nothing: on a CPU vLLM gives no memory back."""
+        """Weights go to the machine's memory and keys and values away, until `sync` or `wake`: level 1 of vLLM's sleep.
+
+        Level 2 would drop the weights, too, and with them what no sync brings back: the base of an adapter, and tensors
+        that are neither parameters nor buffers. Raises RefusedError without `sleep_mode`, RunFailedError where
+        something is under way.
+        """
+        if not self.options.sleep_mode:
+            raise RefusedError("this engine was not built to sleep: VLLMOptions(sleep_mode=True)")
+        if self._requests:
+            raise RunFailedError(f"{len(self._requests)} completions are under way, so the engine cannot sleep")
+        if not self._is_asleep:
+            self._engine.sleep(level=1)
 
     def wake(self) -> None:
-        """Nothing: see `sleep`."""
+        """Be ready to sample again, with the weights of before. Raises RunFailedError where the memory is not there."""
+        if not self._is_asleep:
+            return
+        try:
+            self._engine.wake_up()
+        except RuntimeError as error:
+            raise RunFailedError(
+                f"after its sleep vLLM did not get its memory back: {error}. Remedy: a smaller "
+                "engine.gpu_memory_utilization"
+            ) from error
 
     def close(self) -> None:
         """Give the engine's memory back."""
@@ -306,13 +346,17 @@ def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i in (tokenizer.eos_token_id, *own) if i is not None}
 
 
-def _check_heads(model: str) -> None:
-    """Raises RefusedError for a model whose attention heads vLLM cannot compute on a CPU."""
+def _check_machine(model: str, options: VLLMOptions) -> None:
+    """Raises RefusedError for what vLLM cannot do on a CPU: sleep, and compute attention heads of some widths."""
     from vllm.platforms import current_platform
 
+    if not current_platform.is_cpu():
+        return
+    if options.sleep_mode:
+        raise RefusedError(NO_SLEEP)
     config = AutoConfig.from_pretrained(model).get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if current_platform.is_cpu() and width not in CPU_HEAD_SIZES:
+    if width not in CPU_HEAD_SIZES:
         raise RefusedError(
             f"{model}: its attention heads are {width} wide, and vLLM computes on a CPU only widths of "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}. Remedy: the Hugging Face engine"
@@ -333,4 +377,9 @@ def _cpu_settings(model: str, options: VLLMOptions) -> dict[str, Any]:
 
 
 def _gpu_settings(options: VLLMOptions) -> dict[str, Any]:
-    return {"dtype": options.dtype, "gpu_memory_utilization": options.gpu_memory_share}
+    """What is not said here is vLLM's own choice for a GPU: compiled, with CUDA graphs, prompts computed in parts."""
+    return {
+        "dtype": options.dtype,
+        "gpu_memory_utilization": options.gpu_memory_share,
+        "enable_sleep_mode": options.sleep_mode,
+    }

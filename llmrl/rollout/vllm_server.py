@@ -7,6 +7,7 @@ Invariants
 - A completion's `policy_version` is never newer than the weights that drew its first token.
 - Nothing is sampled before the first `sync`, for the servers may have kept the weights of another run, nor after a
   failed one until one succeeds. A server that was started anew gets the newest weights before it is used again.
+- A server says whose weights it has. Those of another run are never sampled from.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.rollout.protocol import Completion, SamplingParams, row_seed
+from llmrl.rollout.protocol import ASLEEP, Completion, SamplingParams, row_seed
 from llmrl.rollout.vllm_http import Fleet, RequestRefusedError, Server
 from llmrl.rollout.vllm_local import check_prompt, stop_token_ids
 from llmrl.rollout.vllm_weights import ExpectedWeights, largest_rank, write_adapter, write_weights
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 START = "Remedy: start it with launch/vllm_server, which sets this"
+SLEEP = "Remedy: start it on a GPU with `launch/vllm_server MODEL -- --enable-sleep-mode`, or set engine.sleep to false"
+NOT_FINITE = "not JSON compliant"
+"""With these words a server refuses to put a NaN into its answer."""
+OWN_WEIGHTS = "default"
+"""What vLLM says of weights that nobody has replaced."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class ServerOptions:
 
     patience_seconds: how long a server may fail before the run ends. request_seconds: the longest that one completion,
     or the loading of weights, may take. max_concurrent: completions under way at each server. folder: where weights are
-    handed over; None for a temporary one on this machine. allow_remote: servers that are not on this machine.
+    handed over, made where it is not there; None for a temporary one. allow_remote: servers on other machines.
+    sleep_mode: servers are asked to sleep, which they must have been started for.
     """
 
     patience_seconds: float = 300.0
@@ -52,6 +59,7 @@ class ServerOptions:
     max_concurrent: int = 256
     folder: Path | None = None
     allow_remote: bool = False
+    sleep_mode: bool = False
 
 
 class VLLMServerEngine:
@@ -77,14 +85,15 @@ class VLLMServerEngine:
         if adapter is not None:
             largest_rank(adapter)
         self._unfit = "nobody knows which weights the servers have"
-        self._number = 0
+        self._number, self._is_asleep = 0, False
         self._newest: Path | None = None
         self._old: list[Path] = []
         self._users: Counter[Path | None] = Counter()
-        self._folder = Path(tempfile.mkdtemp(prefix="llmrl-weights-", dir=self.options.folder))
         self._fleet = Fleet(
             urls, self.options.patience_seconds, self.options.allow_remote, os.environ.get("VLLM_API_KEY")
         )
+        self._made = [each for each in [self.options.folder] if each is not None and not each.exists()]
+        self._folder = _folder_in(self.options.folder)
         # A loop of its own: callers' loops come and go, connections stay.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-client", daemon=True)
@@ -98,7 +107,7 @@ class VLLMServerEngine:
         self.max_model_len = min(longest for _, longest in limits)
         self._model_name = limits[0][0]
         self._vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
-        self._fleet.make_sure = lambda server: self._load(server, patiently=False)
+        self._fleet.make_sure = self._make_sure
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
@@ -124,6 +133,8 @@ class VLLMServerEngine:
     def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams, number: int) -> None:
         if self._unfit:
             raise RunFailedError(f"nothing can be sampled before a sync succeeds: {self._unfit}")
+        if self._is_asleep:
+            raise RunFailedError(ASLEEP)
         check_prompt(prompt_ids, sampling, number, self.max_model_len, self._vocabulary)
 
     async def _gather(self, rows: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Completion]:
@@ -142,6 +153,12 @@ class VLLMServerEngine:
                     "give a completion",
                     self.options.request_seconds,
                 )
+            except RequestRefusedError as error:
+                if NOT_FINITE not in error.message:
+                    raise
+                raise RunFailedError(
+                    "the model's log-probabilities are not finite (NaN or infinite): its weights have broken down"
+                ) from error
             finally:
                 self._users[weights] -= 1
         if self._unfit:
@@ -185,7 +202,7 @@ class VLLMServerEngine:
                 write_weights(self._expected.checked(weights), folder)
             self._old += [self._newest] if self._newest else []
             self._newest = folder
-            self._wait(self._all(self._load))
+            self._wait(self._all(self._renew))
         except BaseException as error:
             self._unfit = str(error) or type(error).__name__
             if not isinstance(error, Exception):
@@ -193,7 +210,7 @@ class VLLMServerEngine:
             raise RunFailedError(
                 f"the weights of policy version {version} did not reach the vLLM servers: {error}"
             ) from error
-        self._unfit, self.policy_version = "", version
+        self._unfit, self.policy_version, self._is_asleep = "", version, False
         self._clear_away()
 
     def _clear_away(self) -> None:
@@ -204,14 +221,41 @@ class VLLMServerEngine:
             shutil.rmtree(folder, ignore_errors=True)
             self._old.remove(folder)
 
-    async def _load(self, server: Server, patiently: bool = True) -> None:
-        """Make a server sample from the newest weights. On GPUs vLLM's weight transfer could take this place."""
+    async def _renew(self, server: Server) -> None:
+        async with server.lock:
+            await self._load(server, patiently=True)
+            server.made_sure()
+
+    async def _make_sure(self, server: Server) -> None:
+        """See whether a server still has the newest weights; one that was started anew gets them."""
         if self._newest is None:
             return
+        label = await self._weights_of(server, patiently=False)
+        if label == self._label(self._newest):
+            return
+        if label != OWN_WEIGHTS and self._folder.name not in label:
+            raise RunFailedError(f"another run gave {server.url} its weights. Remedy: each run has servers of its own")
+        await self._load(server, patiently=False)
+
+    def _label(self, weights: Path) -> str:
+        """By which a server tells whose weights it has; vLLM keeps it until it ends."""
+        return f"{'weights' if self.adapter is None else 'adapter'} {self._folder.name}/{weights.name}"
+
+    async def _weights_of(self, server: Server, patiently: bool) -> str:
+        info = await self._control(server, patiently, "/weight_info", None, "tell its weights", method="GET")
+        return str(info["weight_version"])
+
+    async def _load(self, server: Server, patiently: bool) -> None:
+        """Make a server sample from the newest weights. On GPUs vLLM's weight transfer could take this place."""
+        assert self._newest is not None
         control = partial(self._control, server, patiently)
+        label = {"new_version": self._label(self._newest)}
+        if self._is_asleep:
+            await control("/wake_up", None, "wake up")
         if self.adapter is not None:
             body = {"lora_name": self._newest.name, "lora_path": str(self._newest), "load_inplace": True}
             await control("/v1/load_lora_adapter", body, "take an adapter")
+            await control("/update_weight_version", label, "note its weights")
         else:
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._newest)}}
             await control("/pause?mode=keep", None, "pause")
@@ -219,18 +263,20 @@ class VLLMServerEngine:
             reset = await control("/reset_prefix_cache?reset_running_requests=true", None, "empty its cache")
             if not reset["success"]:
                 raise RunFailedError(f"{server.url} did not empty its cache of the old weights' keys and values")
+            await control("/update_weight_version", label, "note its weights")
             await control("/resume", None, "go on after a pause")
-        server.is_sure = True
 
     async def _forget(self, server: Server, name: str) -> None:
         with suppress(RequestRefusedError):  # a server that was started anew does not know it
             await self._control(server, True, "/v1/unload_lora_adapter", {"lora_name": name}, "drop an adapter")
 
-    async def _control(self, server: Server, patiently: bool, path: str, body: dict[str, Any] | None, what: str) -> Any:
+    async def _control(
+        self, server: Server, patiently: bool, path: str, body: dict[str, Any] | None, what: str, method: str = "POST"
+    ) -> Any:
         """One of the calls that only a server set up for training answers."""
         try:
             seconds = self.options.request_seconds
-            return await self._fleet.ask(server, "POST", path, body, what, seconds, patiently)
+            return await self._fleet.ask(server, method, path, body, what, seconds, patiently)
         except RequestRefusedError as error:
             if error.status != 404 or error.message != "Not Found":
                 raise
@@ -241,7 +287,8 @@ class VLLMServerEngine:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def _facts(self, server: Server) -> tuple[str, int]:
-        """(name of the served model, its longest sequence). Raises RefusedError where log-probabilities were wrong."""
+        """(name of the served model, its longest sequence). Raises RefusedError for a server that is set up otherwise
+        than this engine needs. One that a killed run has left asleep or standing still goes on."""
         seconds = self.options.request_seconds
         try:
             path = "/server_info?config_format=json"
@@ -253,6 +300,15 @@ class VLLMServerEngine:
             raise RefusedError(
                 f"{server.url} gives {settings['logprobs_mode']}, which are not those of the distribution that it "
                 f"samples from. It needs --logprobs-mode processed_logprobs. {START}"
+            )
+        can_sleep = settings.get("enable_sleep_mode", False)
+        if self.options.sleep_mode and not can_sleep:
+            raise RefusedError(f"{server.url} cannot sleep: it runs without --enable-sleep-mode. {SLEEP}")
+        await self._control(server, True, "/wake_up" if can_sleep else "/resume", None, "begin")
+        if self.adapter is not None and (await self._weights_of(server, patiently=True)).startswith("weights "):
+            raise RefusedError(
+                f"{server.url} has the weights of another run, and an adapter needs the model's own. Remedy: start it "
+                "anew, or engine.lora merged"
             )
         models = await self._fleet.ask(server, "GET", "/v1/models", None, "tell its models", seconds)
         return models["data"][0]["id"], settings["max_model_len"]
@@ -274,10 +330,22 @@ class VLLMServerEngine:
             raise
 
     def sleep(self) -> None:
-        """Nothing: servers have memory of their own."""
+        """Servers put their weights into the machine's memory and drop keys and values, until `sync` or `wake`. What is
+        under way there is lost. Raises RefusedError without `sleep_mode`."""
+        if not self.options.sleep_mode:
+            raise RefusedError("these servers were not said to sleep: ServerOptions(sleep_mode=True)")
+        self._is_asleep = True  # whatever comes of it: a server that does not sleep can be woken, too
+        self._wait(self._all(lambda server: self._control(server, True, "/sleep?level=1", None, "go to sleep")))
 
     def wake(self) -> None:
-        """Nothing: see `sleep`."""
+        """Be ready to sample again, with the weights of before."""
+        if self._is_asleep:
+            self._wait(self._all(self._woken))
+            self._is_asleep = False
+
+    async def _woken(self, server: Server) -> None:
+        await self._control(server, True, "/wake_up", None, "wake up")
+        server.is_sure = False
 
     def close(self) -> None:
         """End the connections and remove the folder; the servers go on."""
@@ -287,6 +355,22 @@ class VLLMServerEngine:
             self._thread.join()
             self._loop.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in self._made:
+            with suppress(OSError):  # it holds something else, or is gone
+                folder.rmdir()
+
+
+def _folder_in(parent: Path | None) -> Path:
+    """A folder of this engine's own; servers are given its absolute path, for they may work elsewhere."""
+    try:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="llmrl-weights-", dir=parent)).resolve()
+    except OSError as error:
+        raise RefusedError(
+            f"the folder for weights, {parent}, cannot be used: {error.strerror or error}. Name another "
+            "(engine.weights_dir), which the servers can read, too"
+        ) from error
 
 
 def _completion(choice: dict[str, Any], seed: int, version: int) -> Completion:

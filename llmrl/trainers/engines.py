@@ -1,6 +1,8 @@
 """The configured generation engine, and the learner's weights on their way into it."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmrl import models
+from llmrl.config.online import EngineKeys
 from llmrl.errors import LlmrlError, RefusedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.loading import base_of
@@ -17,6 +20,23 @@ from llmrl.learner.sharding import gather_objects, zero_stage
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Engine
 from llmrl.trainers.online_config import OnlineConfig
+
+WEIGHTS = "weights"
+"""Folder in a run's directory through which vLLM servers get weights."""
+
+
+def check_engine(keys: EngineKeys) -> None:
+    """Raise RefusedError for an engine that this machine does not have, or that cannot sleep on it."""
+    if keys.kind != "vllm":
+        return
+    if find_spec("vllm") is None:
+        from llmrl.rollout.vllm_guest import MISSING
+
+        raise RefusedError(f"engine.kind vllm: {MISSING}")
+    if keys.sleep and not torch.cuda.is_available():
+        raise RefusedError(
+            "engine.sleep: vLLM gives memory back on a GPU only, and there is none here. Remedy: set it to false"
+        )
 
 
 def build_engine(
@@ -27,6 +47,7 @@ def build_engine(
     Raises RefusedError where it cannot be, RunFailedError where a server is not there.
     """
     keys = config.engine
+    check_engine(keys)
     if keys.kind == "huggingface":
         if zero_stage(learner.accelerator) == 3:
             raise RefusedError(
@@ -38,7 +59,8 @@ def build_engine(
     if keys.kind == "vllm":
         if torch.cuda.is_available() and learner.accelerator.num_processes > 1:
             raise RefusedError(
-                "engine.kind vllm takes the first GPU, whichever rank asks, so it is for one process; use vllm_server"
+                "engine.kind vllm takes the first GPU, whichever rank asks, so it is for one process. Remedy: "
+                "engine.kind vllm_server, with servers on GPUs of their own (docs/engines.md, Several GPUs)"
             )
         from llmrl.rollout.vllm_local import VLLMEngine, VLLMOptions
 
@@ -46,6 +68,7 @@ def build_engine(
             max_model_len=max_length,
             max_concurrent=config.rollout.concurrent,
             gpu_memory_share=keys.gpu_memory_utilization,
+            sleep_mode=keys.sleep,
         )
         return VLLMEngine(model, tokenizer, options, adapter)
     if not learner.accelerator.is_main_process:
@@ -56,10 +79,43 @@ def build_engine(
         patience_seconds=keys.patience_seconds,
         request_seconds=keys.request_seconds,
         max_concurrent=config.rollout.concurrent,
-        folder=Path(keys.weights_dir) if keys.weights_dir else None,
+        folder=_weights_folder(config),
         allow_remote=keys.allow_remote,
+        sleep_mode=keys.sleep,
     )
     return VLLMServerEngine(keys.urls, model, tokenizer, servers, adapter)
+
+
+def length_within(
+    engine: Engine | None, config: OnlineConfig, longest: int | None, say: Callable[[str], None]
+) -> int | None:
+    """Tokens of a rollout, `longest` by the model, that the engine takes, too; said where they are fewer.
+
+    Raises RefusedError where more were asked for, or nothing would be left for a prompt.
+    """
+    limit: int | None = getattr(engine, "max_model_len", None)
+    if limit is None or (longest is not None and longest <= limit):
+        return longest
+    for key, least in (
+        ("max_length", config.max_length or 0),
+        ("max_completion_length", config.max_completion_length + 1),
+    ):
+        if least > limit:
+            raise RefusedError(
+                f"{key} {getattr(config, key)} is too much for the engine, which takes sequences of {limit} tokens. "
+                "Remedy: lower it, or start the server with a larger --max_model_len"
+            )
+    say(f"engine: a rollout has at most {limit} tokens, which is all that the engine takes (its max_model_len)")
+    return limit
+
+
+def _weights_folder(config: OnlineConfig) -> Path:
+    """Where servers find new weights; the run's own is cleared of what a killed attempt has left there."""
+    if config.engine.weights_dir is not None:
+        return Path(config.engine.weights_dir)
+    folder = Path(config.output_dir) / WEIGHTS
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def adapter_alone(config: OnlineConfig, learner: Learner) -> PeftConfig | None:
@@ -87,6 +143,26 @@ def synchronise(engine: Engine | None, learner: Learner, adapter: PeftConfig | N
     for _ in weights:  # a rank without an engine, or whose engine failed, takes part in gathering, too
         pass
     raise_together(learner.accelerator, failure)
+
+
+def put_to_sleep(engine: Engine | None, accelerator: Accelerator) -> None:
+    """Give the engine's memory to training, until `wake_up` or `synchronise`. What one rank fails with, all raise."""
+    _together(accelerator, engine.sleep if engine else None)
+
+
+def wake_up(engine: Engine | None, accelerator: Accelerator) -> None:
+    """Let an engine that sleeps be ready again, with the weights that it had."""
+    _together(accelerator, engine.wake if engine else None)
+
+
+def _together(accelerator: Accelerator, work: Callable[[], None] | None) -> None:
+    failure = None
+    try:
+        if work is not None:
+            work()
+    except LlmrlError as error:
+        failure = error
+    raise_together(accelerator, failure)
 
 
 def raise_together(accelerator: Accelerator, failure: LlmrlError | None) -> None:

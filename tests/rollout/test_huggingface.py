@@ -1,10 +1,13 @@
 """The engine against transformers' own forward and generate, on small random models."""
 
+import asyncio
+import gc
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.decoders import PROMPTS, STOP, VOCABULARY, Tokenizer, gemma2, gpt2, llama, mpt
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.rollout.huggingface import HuggingFaceEngine
@@ -108,6 +111,31 @@ def test_a_failure_restores_the_model_too():
     assert model.training
     after = model.state_dict()
     assert all(torch.equal(weights[name], after[name]) for name in weights)
+
+
+def test_a_sleeping_engine_holds_no_cache_and_samples_as_before_when_it_is_woken_or_synchronised():
+    engine = HuggingFaceEngine(llama(), Tokenizer())
+    before = engine.generate(PROMPTS, SamplingParams(8, n=2))
+
+    async def sleeps_in_the_middle() -> None:
+        running = asyncio.create_task(engine.complete(PROMPTS[0], SamplingParams(6)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        with pytest.raises(RunFailedError, match="completions are under way"):
+            engine.sleep()
+        await running
+
+    asyncio.run(sleeps_in_the_middle())
+    engine.sleep()
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, DynamicCache)]
+    with pytest.raises(RunFailedError, match="the engine sleeps"):
+        engine.generate(PROMPTS, SamplingParams(8))
+    engine.wake()
+    assert engine.generate(PROMPTS, SamplingParams(8, n=2)) == before
+    engine.sleep()
+    engine.sync((), 0)
+    assert engine.generate(PROMPTS, SamplingParams(8, n=2)) == before
 
 
 def test_end_tokens_of_tokenizer_generation_configuration_and_caller():

@@ -331,6 +331,64 @@ def test_weights_that_have_broken_down_are_an_error_and_not_a_low_score(engine: 
         assert_same_logprobs(build_learner(model()), engine.generate(PROMPTS, SAMPLING), PROMPTS)
 
 
+def test_a_sleeping_engine_samples_nothing_until_it_is_woken_or_synchronised(
+    engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own states and calls, which are the same on a CPU; only its memory stays where it is."""
+    before = engine.generate(PROMPTS, SAMPLING)
+    with pytest.raises(RefusedError, match="not built to sleep"):
+        engine.sleep()
+    monkeypatch.setattr(engine, "options", replace(engine.options, sleep_mode=True))
+    engine.sleep()
+    engine.sleep()
+    assert engine._engine.is_sleeping()
+    with pytest.raises(RunFailedError, match="the engine sleeps"):
+        engine.generate(PROMPTS, SAMPLING)
+    with pytest.raises(RunFailedError, match="the engine sleeps"):
+        asyncio.run(engine.complete(PROMPTS[0], SAMPLING))
+    engine.wake()
+    engine.wake()
+    assert engine.generate(PROMPTS, SAMPLING) == before
+
+    async def sleeps_in_the_middle() -> Completion:
+        running = asyncio.create_task(engine.complete(PROMPTS[0], SAMPLING))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        with pytest.raises(RunFailedError, match="1 completions are under way"):
+            engine.sleep()
+        return await running
+
+    assert len(asyncio.run(sleeps_in_the_middle()).token_ids) > 0
+    engine.sleep()
+    engine.sync(model(seed=1).state_dict(), 1)
+    assert_same_logprobs(build_learner(model(seed=1)), engine.generate(PROMPTS, SAMPLING), PROMPTS)
+
+
+def test_an_engine_that_could_not_be_woken_says_so_and_takes_weights_later(
+    engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "options", replace(engine.options, sleep_mode=True))
+    engine.sleep()
+
+    def no_room(*arguments: Any) -> None:
+        raise RuntimeError("CUDA Error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._engine.model_executor, "wake_up", no_room)
+        for attempt in (engine.wake, lambda: engine.sync(model(seed=1).state_dict(), 1)):
+            with pytest.raises(RunFailedError, match=r"did not get its memory back.*out of memory.*gpu_memory_util"):
+                attempt()
+    with pytest.raises(RunFailedError, match="before a sync succeeds"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.sync(model(seed=1).state_dict(), 1)
+    assert_same_logprobs(build_learner(model(seed=1)), engine.generate(PROMPTS, SAMPLING), PROMPTS)
+
+
+def test_sleep_is_refused_where_there_is_no_gpu(folders: dict[bool, str]) -> None:
+    with pytest.raises(RefusedError, match="on a GPU only"):
+        VLLMEngine(folders[False], TOKENIZER, replace(OPTIONS, sleep_mode=True))
+
+
 def test_heads_that_the_cpu_kernels_do_not_know_are_refused_at_once(tmp_path: Path) -> None:
     make_tiny_model().save_pretrained(tmp_path)
     with pytest.raises(RefusedError, match="attention heads are 8 wide"):
@@ -382,6 +440,19 @@ def test_an_adapter_alone_samples_as_the_learner_scores_and_leaves_no_old_one_be
         engine.sync(model().state_dict(), 5)
     engine.close()
     assert not Path(engine._folder.name).exists()
+
+
+def test_an_adapter_that_has_broken_down_leaves_nothing_behind(folders: dict[bool, str]) -> None:
+    learner = build_learner(adapted(1))
+    engine = VLLMEngine(folders[False], TOKENIZER, OPTIONS, adapter=learner.causal_lm.peft_config["default"])
+    engine.sync([(name, tensor * torch.nan) for name, tensor in learner.weights()], 1)
+    with pytest.raises(RunFailedError, match="not finite"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.sync(learner.weights(), 2)
+    for _ in range(3):
+        assert_same_logprobs(learner, engine.generate(PROMPTS, SAMPLING), PROMPTS)
+    assert len(list(Path(engine._folder.name).iterdir())) == 1
+    engine.close()
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])

@@ -28,6 +28,7 @@ from support.words import word_tokenizer
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.sequences import completion
+from llmrl.rollout import vllm_http
 from llmrl.rollout.protocol import Completion, SamplingParams, row_seed
 from llmrl.rollout.vllm_launch import ServerProcess
 from llmrl.rollout.vllm_server import ServerOptions, VLLMServerEngine
@@ -65,6 +66,7 @@ class FakeServer(ThreadingHTTPServer):
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.answer = answer
         self.weights: list[str] = []
+        self.label, self.can_sleep = "default", False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -74,9 +76,14 @@ class FakeServer(ThreadingHTTPServer):
     def usual(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         bare = path.partition("?")[0]
         if bare == "/server_info":
-            return 200, {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs", "max_model_len": 256}}}
+            settings = {"max_model_len": 256, "enable_sleep_mode": self.can_sleep}
+            return 200, {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs", **settings}}}
         if bare == "/v1/models":
             return 200, {"data": [{"id": "served"}]}
+        if bare == "/update_weight_version":
+            self.label = body["new_version"]
+        if bare == "/weight_info":
+            return 200, {"weight_version": self.label}
         if bare == "/collective_rpc":
             self.weights = sorted(load_file(next(Path(body["kwargs"]["weights_path"]).iterdir())))
         if bare == "/v1/completions":
@@ -160,14 +167,29 @@ def test_weights_are_handed_over_while_requests_stand_still(folder: str, fake: F
     engine = connect(folder, fake, folder=tmp_path)
     for version in (1, 2):
         engine.sync(model(seed=version).named_parameters(), version)
-        assert [path for path, _ in fake.asked[-4:]] == [
-            "/pause?mode=keep", "/collective_rpc", "/reset_prefix_cache?reset_running_requests=true", "/resume",
+        assert [path for path, _ in fake.asked[-5:]] == [
+            "/pause?mode=keep", "/collective_rpc", "/reset_prefix_cache?reset_running_requests=true",
+            "/update_weight_version", "/resume",
         ]  # fmt: skip
         assert fake.weights == sorted(model().state_dict())  # with the tied head
         assert len(list(next(tmp_path.iterdir()).iterdir())) == 1  # the weights before have been removed
         assert engine.generate(PROMPTS, SAMPLING)[0][0].policy_version == engine.policy_version == version
     engine.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_for_weights_is_made_and_goes_with_the_engine(folder: str, fake: FakeServer, tmp_path: Path) -> None:
+    missing, given = tmp_path / "run" / "weights", tmp_path / "given"
+    given.mkdir()
+    for parent in (missing, given):
+        engine = connect(folder, fake, folder=parent)
+        assert len(list(parent.iterdir())) == 1
+        engine.close()
+    assert not missing.exists()
+    assert list(given.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(RefusedError, match=r"tmp.*file, cannot be used: .*engine\.weights_dir"):
+        connect(folder, fake, folder=tmp_path / "file")
 
 
 def test_a_server_that_fails_for_a_while_is_waited_for(folder: str, fake: FakeServer) -> None:
@@ -232,6 +254,83 @@ def test_a_server_that_was_started_anew_gets_the_newest_weights_first(folder: st
     assert paths.count("/collective_rpc") == 1
     engine.close()
     again[0].end()
+
+
+def test_a_server_that_was_started_anew_while_nobody_asked_it_gets_the_newest_weights_too(
+    folder: str, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_http, "SURE_SECONDS", 0.1)
+    engine = connect(folder, fake)
+    engine.generate(PROMPTS, SAMPLING)
+    time.sleep(0.2)
+    engine.generate(PROMPTS, SAMPLING)
+    assert fake.paths().count("/collective_rpc") == 1  # it was asked, and had them
+    assert fake.paths().count("/weight_info") >= 1
+    fake.end()
+    again = FakeServer(fake.server_address[1])
+    time.sleep(0.2)
+    engine.generate(PROMPTS, SAMPLING)
+    paths = again.paths()
+    assert paths.index("/weight_info") < paths.index("/collective_rpc") < paths.index("/v1/completions")
+    engine.close()
+    again.end()
+
+
+def test_two_runs_at_one_server_do_not_sample_from_one_anothers_weights(
+    folder: str, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_http, "SURE_SECONDS", 0.0)
+    first = connect(folder, fake)
+    second = connect(folder, fake)
+    with pytest.raises(RunFailedError, match=f"another run gave {fake.url} its weights"):
+        first.generate(PROMPTS, SAMPLING)
+    assert len(second.generate(PROMPTS, SAMPLING)) == 3
+    with pytest.raises(RefusedError, match="has the weights of another run, and an adapter needs the model's own"):
+        VLLMServerEngine([fake.url], folder, TOKENIZER, adapter=LoraConfig(r=4))
+    first.close()
+    second.close()
+
+
+# -- sleep -----------------------------------------------------------------------------------------------------------
+
+
+def test_servers_sleep_until_they_are_woken_or_get_new_weights(folder: str) -> None:
+    servers = [FakeServer(), FakeServer()]
+    for server in servers:
+        server.can_sleep = True
+    engine = connect(folder, *servers, sleep_mode=True)
+    for server in servers:
+        assert server.paths().index("/wake_up") < server.paths().index("/pause")  # a killed run may have left it asleep
+    engine.sleep()
+    assert {server.asked[-1][0] for server in servers} == {"/sleep?level=1"}
+    with pytest.raises(RunFailedError, match="the engine sleeps"):
+        engine.generate(PROMPTS, SAMPLING)
+    with pytest.raises(RunFailedError, match="the engine sleeps"):
+        asyncio.run(engine.complete(PROMPTS[0], SAMPLING))
+    engine.wake()
+    assert {server.asked[-1][0] for server in servers} == {"/wake_up"}
+    engine.generate(PROMPTS, replace(SAMPLING, n=4))
+    for server in servers:  # woken, it might have been another process
+        asked = server.paths()
+        assert asked[len(asked) - 1 - asked[::-1].index("/wake_up") + 1] == "/weight_info"
+    engine.sleep()
+    engine.sync(model(seed=1).named_parameters(), 1)
+    assert [path for path in servers[0].paths() if path in ("/sleep", "/wake_up", "/collective_rpc")] == [
+        "/wake_up", "/collective_rpc", "/sleep", "/wake_up", "/sleep", "/wake_up", "/collective_rpc",
+    ]  # fmt: skip
+    assert engine.generate(PROMPTS, SAMPLING)[0][0].policy_version == 1
+    engine.close()
+    for server in servers:
+        server.end()
+
+
+def test_a_server_that_cannot_sleep_is_refused_at_the_start(folder: str, fake: FakeServer) -> None:
+    with pytest.raises(RefusedError, match=rf"{fake.url} cannot sleep.*launch/vllm_server MODEL -- --enable-sleep"):
+        connect(folder, fake, sleep_mode=True)
+    engine = connect(folder, fake)
+    with pytest.raises(RefusedError, match="not said to sleep"):
+        engine.sleep()
+    engine.close()
 
 
 def test_what_a_server_refuses_is_an_error_at_once_with_its_words(folder: str, fake: FakeServer) -> None:
@@ -360,6 +459,29 @@ def adapted(seed: int) -> Any:
 
 
 @pytest.mark.slow
+def test_an_adapter_alone_samples_as_the_learner_scores(
+    folder: str, real: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First, for the other tests replace the weights under it, which an adapter must not meet."""
+    policies = [build_learner(adapted(seed)) for seed in (1, 2)]
+    engine = VLLMServerEngine([real.url], folder, TOKENIZER, adapter=policies[0].causal_lm.peft_config["default"])
+    for version, learner in enumerate([*policies, policies[0]], 1):
+        engine.sync(learner.weights(), version)
+        assert_same_logprobs(learner, engine.generate(PROMPTS, SAMPLING))
+    assert len(list(engine._folder.iterdir())) == 1
+    engine.sync(policies[1].weights(), 4)
+    other = VLLMServerEngine([real.url], folder, TOKENIZER)
+    other.sync(model().named_parameters(), 0)
+    other.close()
+    with pytest.raises(RefusedError, match="has the weights of another run"):
+        VLLMServerEngine([real.url], folder, TOKENIZER, adapter=policies[0].causal_lm.peft_config["default"])
+    monkeypatch.setattr(vllm_http, "SURE_SECONDS", 0.0)
+    with pytest.raises(RunFailedError, match="another run gave"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.close()
+
+
+@pytest.mark.slow
 def test_after_sync_log_probs_are_the_learners_and_nothing_comes_from_a_stale_cache(
     folder: str, real: ServerProcess
 ) -> None:
@@ -399,13 +521,11 @@ def test_a_sync_in_the_middle_of_a_completion(folder: str, real: ServerProcess) 
 
 
 @pytest.mark.slow
-def test_an_adapter_alone_samples_as_the_learner_scores(folder: str, real: ServerProcess) -> None:
-    policies = [build_learner(adapted(seed)) for seed in (1, 2)]
-    engine = VLLMServerEngine([real.url], folder, TOKENIZER, adapter=policies[0].causal_lm.peft_config["default"])
-    for version, learner in enumerate([*policies, policies[0]], 1):
-        engine.sync(learner.weights(), version)
-        assert_same_logprobs(learner, engine.generate(PROMPTS, SAMPLING))
-    assert len(list(engine._folder.iterdir())) == 1
+def test_weights_that_have_broken_down_are_an_error_and_not_a_low_score(folder: str, real: ServerProcess) -> None:
+    engine = VLLMServerEngine([real.url], folder, TOKENIZER)
+    engine.sync({name: tensor * torch.nan for name, tensor in model().named_parameters()}, 0)
+    with pytest.raises(RunFailedError, match="not finite"):
+        engine.generate(PROMPTS, SAMPLING)
     engine.close()
 
 
@@ -444,20 +564,21 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "vllm/entrypoints/openai/api_server.py").write_text(STAND_IN, encoding="utf-8")
     (tmp_path / "vllm-0.31.0.dist-info").mkdir()
     (tmp_path / "vllm-0.31.0.dist-info/METADATA").write_text("Name: vllm\nVersion: 0.31.0\n", encoding="utf-8")
-    return {**os.environ, "PYTHONPATH": str(tmp_path), "LLMRL_VENV": sys.prefix}
+    return {**os.environ, "PYTHONPATH": str(tmp_path), "LLMRL_VENV": sys.prefix, "TMPDIR": str(tmp_path)}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_launcher_ends_the_server(
     folder: str, stand_in: dict[str, str], tmp_path: Path, number: signal.Signals
 ) -> None:
-    log = tmp_path / "server.log"
-    command = [str(ROOT / "launch/vllm_server"), folder, "--port", "0", "--log", str(log)]
+    command = [str(ROOT / "launch/vllm_server"), folder, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=stand_in) as launcher:
         assert launcher.stdout is not None
         lines = [launcher.stdout.readline() for _ in range(2)]
         assert lines[1].startswith("ready: http://127.0.0.1:")
         (server,) = psutil.Process(launcher.pid).children()
+        (log,) = tmp_path.glob("vllm-*.log")
+        assert str(log) in lines[0]
         child = psutil.Process(int(log.read_text(encoding="utf-8").split()[1]))
         launcher.send_signal(number)
         code = launcher.wait(30)
@@ -465,6 +586,7 @@ def test_a_signal_to_the_launcher_ends_the_server(
     if number != signal.SIGKILL:  # nobody is left then who could end what does not heed SIGTERM
         assert code == 0
         assert not psutil.wait_procs([child], timeout=10)[1]
+        assert not log.exists()
     elif child.is_running():
         child.kill()
 

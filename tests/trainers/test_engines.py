@@ -1,0 +1,102 @@
+"""The engine of a run: when it sleeps, how long a rollout it takes, and what is refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.online_run import evals, run_online, write_online_config
+from support.recipe_run import final_weights
+
+import llmrl.runs.report
+from llmrl.config.parse import parse
+from llmrl.errors import RefusedError
+from llmrl.rollout.huggingface import HuggingFaceEngine
+from llmrl.trainers import loop
+from llmrl.trainers.engines import length_within
+from llmrl.trainers.experience import Experience
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a report takes longer than these runs."""
+    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
+
+
+def noting(monkeypatch: pytest.MonkeyPatch, order: list[str], place: type, *names: str) -> None:
+    """From now on these methods write their names into `order` when they begin."""
+
+    def noted(name: str, method: Any) -> Any:
+        def wrapper(*arguments: Any, **named: Any) -> Any:
+            order.append(name)
+            return method(*arguments, **named)
+
+        return wrapper
+
+    for name in names:
+        monkeypatch.setattr(place, name, noted(name, getattr(place, name)))
+
+
+def test_the_engine_sleeps_while_the_policy_is_trained_and_nothing_else_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_online("loop", write_online_config(tmp_path, max_steps=2, output_dir=str(tmp_path / "awake"))) == 0
+    order: list[str] = []
+    noting(monkeypatch, order, HuggingFaceEngine, "sync", "wake", "sleep")
+    noting(monkeypatch, order, Experience, "train")
+    assert run_online("loop", write_online_config(tmp_path, max_steps=2, engine={"sleep": True})) == 0
+    heldout, first, second = ["sync", "sleep"], ["wake", "sleep", "train"], ["sync", "sleep", "train"]
+    assert order == [*heldout, *first, *second, *heldout]
+    assert final_weights(tmp_path / "run") == final_weights(tmp_path / "awake")
+    assert json.dumps(evals(tmp_path / "run")) == json.dumps(evals(tmp_path / "awake"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"engine": {"kind": "vllm_server", "sleep": True}, "max_staleness": 1}, "engine.sleep with max_staleness 1"),
+        pytest.param(
+            {"engine": {"kind": "vllm", "sleep": True}},
+            "engine.sleep: vLLM gives memory back on a GPU only",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_an_engine_that_cannot_sleep_is_refused_by_check_and_by_the_run_and_nothing_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], words: str
+) -> None:
+    config = write_online_config(tmp_path, **settings)
+    with pytest.raises(RefusedError, match=words):
+        loop.check(parse(loop.Config, ["--config", str(config)]).config)
+    assert run_online("loop", config) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "max_length", "model", "expected"),
+    [
+        (None, None, 256, 256),  # the Hugging Face engine has none of its own
+        (256, None, 256, 256),
+        (300, 200, 200, 200),
+        (100, None, 256, 100),
+        (100, None, None, 100),
+        (100, 200, 200, "max_length 200 is too much for the engine, which takes sequences of 100 tokens"),
+        (8, None, 256, "max_completion_length 8 is too much for the engine"),
+    ],
+)
+def test_rollouts_are_no_longer_than_the_engine_takes(
+    tmp_path: Path, limit: int | None, max_length: int | None, model: int | None, expected: int | str
+) -> None:
+    config = parse(loop.Config, ["--config", str(write_online_config(tmp_path, max_length=max_length))]).config
+    engine: Any = SimpleNamespace() if limit is None else SimpleNamespace(max_model_len=limit)
+    said: list[str] = []
+    if isinstance(expected, str):
+        with pytest.raises(RefusedError, match=expected):
+            length_within(engine, config, model, said.append)
+    else:
+        assert length_within(engine, config, model, said.append) == expected
+        assert bool(said) == (expected != model)
+    assert length_within(None, config, model, said.append) == model  # a rank that asks no server
