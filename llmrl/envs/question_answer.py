@@ -48,7 +48,12 @@ class QuestionAnswer:
 def load(options: dict[str, Any]) -> EnvironmentKind:
     """Rows come from a data set."""
     own = checked(QuestionAnswerOptions, options, NAME)
-    return EnvironmentKind(lambda row, seed: QuestionAnswer(row, seed, own))
+
+    def text_prompt(row: Row) -> str | None:
+        prompt = row[own.prompt_column]
+        return prompt if isinstance(prompt, str) else None
+
+    return EnvironmentKind(lambda row, seed: QuestionAnswer(row, seed, own), text_prompt=text_prompt)
 
 
 def _is_dialogue(value: Any) -> bool:

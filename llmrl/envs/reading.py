@@ -9,16 +9,9 @@ The tag is not asked for, because small models cannot spell it.
 
 import re
 from collections import deque
-from fractions import Fraction
 
 from llmrl.envs.protocol import Message
 
-MOST_DIGITS = 100  # a longer "number" is a model repeating itself, and Python refuses to parse thousands of digits
-
-# A sign belongs to the number only where no value stands right before it: "= -3" is negative, "1-10" ends in 10.
-_NUMBER = re.compile(
-    r"(?<![\w.])(?:(?<![\w)\].])[-+])?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?!\w)"
-)
 _WORD = re.compile(r"[^\W\d_]+")
 _OPEN, _CLOSE = "<guess>", "</guess>"
 
@@ -34,15 +27,6 @@ def guess_part(text: str) -> str:
     end = text.rfind(_CLOSE)
     start = text.rfind(_OPEN, 0, end) if end >= 0 else -1
     return text[start + len(_OPEN) : end] if start >= 0 else text
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number in `text` (thousands commas, decimals, a sign and `$` are understood), or None."""
-    matches = deque(_NUMBER.finditer(text.replace("\u2212", "-")), maxlen=1)
-    if not matches:
-        return None
-    digits = matches[0].group().replace(",", "").replace("$", "")
-    return Fraction(digits) if len(digits) <= MOST_DIGITS else None
 
 
 def last_word(text: str, letters: int) -> str | None:

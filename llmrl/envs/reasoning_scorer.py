@@ -1,25 +1,20 @@
-"""The child process that makes reasoning-gym's items and judges answers: `python -m llmrl.envs.reasoning_scorer`.
+"""What runs in the child processes that make reasoning-gym's items and judge answers; `scoring.py` asks them.
 
-A line of JSON in, with `verb`, `task`, `config`, `deadline` (seconds); one out, or `{"fault": why}`:
-- `items` with `first`, `count`: `{"items": [[question, answer], ...]}`;
-- `score` with `index`, `question`, `answer`: `{"score": number}`.
+Requests have `task` and `config`; the answer is a value, or {"fault": why} where the task cannot be used:
+- `items` with `first`, `count`: [[question, answer], ...];
+- `score` with `index`, `question`, `answer`: a finite number.
 """
 
 import functools
 import importlib
 import json
 import math
-import os
 import re
-import resource
-import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from llmrl.children.serving import Handler, Request, serve
 from llmrl.envs import arithmetic
-
-MEMORY = 4 << 30  # bytes of address space
 
 
 def countdown(answer: str, entry: dict[str, Any], config: Any) -> float:
@@ -53,52 +48,46 @@ def _dataset(task: str, config: str) -> Any:
     return importlib.import_module("reasoning_gym").create_dataset(task, **json.loads(config))
 
 
-def reply(request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request."""
-    try:
-        dataset = _dataset(request["task"], json.dumps(request["config"], sort_keys=True))
-        return VERBS[request["verb"]](dataset, request)
-    except Exception as error:
-        return {"fault": f"reasoning_gym:{request['task']} cannot make its items: {type(error).__name__}: {error}"}
+def _or_fault(handler: Callable[[Any, Request], Any]) -> Handler:
+    """Of a dataset and a request, as a handler of requests."""
+
+    def answer(request: Request) -> Any:
+        try:
+            return handler(_dataset(request["task"], json.dumps(request["config"], sort_keys=True)), request)
+        except MemoryError:
+            raise
+        except Exception as error:
+            return {"fault": f"reasoning_gym:{request['task']} cannot make its items: {type(error).__name__}: {error}"}
+
+    return answer
 
 
-def _items(dataset: Any, request: dict[str, Any]) -> dict[str, Any]:
+def items(dataset: Any, request: Request) -> list[list[str]]:
+    """[question, answer] of `count` items from `first` on."""
     made = [dataset[request["first"] + index] for index in range(request["count"])]
-    return {"items": [[str(e["question"]), "" if e["answer"] is None else str(e["answer"])] for e in made]}
+    return [[str(e["question"]), "" if e["answer"] is None else str(e["answer"])] for e in made]
 
 
-def _score(dataset: Any, request: dict[str, Any]) -> dict[str, Any]:
+def score(dataset: Any, request: Request) -> float | dict[str, str]:
+    """What the task's scorer gives an answer; 0 where it raises."""
     entry = dataset[request["index"]]
     if str(entry["question"]) != request["question"]:
         return {"fault": f"reasoning_gym:{request['task']} does not make the same question twice from the same seed"}
     try:
         own = OWN.get(request["task"])
         answer = request["answer"]
-        score = own(answer, entry, dataset.config) if own else dataset.score_answer(answer, entry)
-        score = float(score)
+        found = float(own(answer, entry, dataset.config) if own else dataset.score_answer(answer, entry))
+    except MemoryError:
+        raise
     except Exception:
-        score = 0.0
-    return {"score": score if math.isfinite(score) else 0.0}
+        found = 0.0
+    return found if math.isfinite(found) else 0.0
 
 
-VERBS = {"items": _items, "score": _score}
-
-
-def main() -> None:
-    """Answer until the input ends. What a task prints goes nowhere: the real output is ours alone."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as output, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        importlib.import_module("reasoning_gym")  # before the first deadline runs
-
-        print("{}", file=output, flush=True)
-        for line in sys.stdin:
-            request = json.loads(line)
-            # The parent kills what hangs; the alarm is for a parent that is gone.
-            signal.alarm(math.ceil(request["deadline"]) + 5)
-            print(json.dumps(reply(request)), file=output, flush=True)
-            signal.alarm(0)
+def prepare() -> None:
+    """Load the package before the first request's time runs."""
+    importlib.import_module("reasoning_gym")
 
 
 if __name__ == "__main__":
-    main()
+    serve({"items": _or_fault(items), "score": _or_fault(score)}, prepare)

@@ -1,6 +1,6 @@
 """The tasks of reasoning-gym as single-turn environments: `reasoning_gym:TASK`.
 
-Invariants: items are made and judged in processes of their own (scoring.py), in which text hashes alike, so the same
+Invariants: items are made and judged in processes of their own (scoring.py), in which texts hash alike, so the same
 seed gives the same rows in every run; a row is known by the seed and index of its item, which is made anew where it is
 judged, and compared; what a model wrote reaches no scorer that evaluates it as code.
 

@@ -1,20 +1,13 @@
 """The number that an answer ends in, and whether it is the right one.
 
-Invariants: exact arithmetic (`Fraction`, never floats); text from a model is only ever matched, never evaluated; a
-text of any length costs time linear in its length.
+Invariants: those of `llmrl.numbers`, which reads the numbers.
 """
 
 import re
-from collections import deque
 from fractions import Fraction
 
-MOST_DIGITS = 100  # a longer "number" is a model repeating itself, and Python refuses to parse thousands of digits
+from llmrl import numbers
 
-_UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|\.\d+"
-# A sign belongs to the number only where no value stands right before it: "= -3" is negative, "5-3" ends in 3.
-_SIGN = r"(?P<sign>(?<![\w)\]}.])[-+])?"
-_POWER = r"(?:[eE][-+]?\d{1,3}(?!\w))?"
-_NUMBER = re.compile(rf"(?<![\w.]){_SIGN}\$?(?P<value>(?:{_UNSIGNED}){_POWER})(?:\s*/\s*(?P<below>\d+)(?![\d/]))?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 _BOXED = re.compile(r"\\boxed\s*\{")
 _MARK = re.compile(r"####|\banswer\b\s*(?:is|:|=)+", re.IGNORECASE)
@@ -29,12 +22,12 @@ def final_number(text: str) -> Fraction | None:
     """
     text = _plain(text)
     if boxes := list(_BOXED.finditer(text)):
-        return _last(_braced(text[boxes[-1].end() :]))
+        return numbers.last(_braced(text[boxes[-1].end() :]))
     if marks := list(_MARK.finditer(text)):
         line = text[marks[-1].end() :].lstrip().split("\n", 1)[0]
-        if (found := _first(line.rsplit("=", 1)[-1])) is not None:
+        if (found := numbers.first(line.rsplit("=", 1)[-1])) is not None:
             return found
-    return _last(text)
+    return numbers.last(text)
 
 
 def is_correct(text: str, answer: str | int | float | Fraction) -> bool:
@@ -62,25 +55,3 @@ def _braced(text: str) -> str:
         if depth == 0:
             return text[:index]
     return text
-
-
-def _first(text: str) -> Fraction | None:
-    match = _NUMBER.search(text)
-    return _value(match) if match else None
-
-
-def _last(text: str) -> Fraction | None:
-    matches = deque(_NUMBER.finditer(text), maxlen=1)
-    return _value(matches[0]) if matches else None
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-    value, below = match["value"].replace(",", ""), match["below"]
-    if len(value) > MOST_DIGITS or len(below or "") > MOST_DIGITS:
-        return None
-    number = Fraction(value)
-    if below:
-        if int(below) == 0:
-            return None
-        number /= int(below)
-    return -number if match["sign"] == "-" else number

@@ -15,10 +15,12 @@ from llmrl.config import ModelKeys
 from llmrl.data.faults import RowFault
 from llmrl.data.tokenization import Encoded, Encoder, check_chat_template
 from llmrl.errors import RefusedError
+from llmrl.rewards.batches import Batches
 from llmrl.rewards.functions import RewardFunction, Rewards
 from llmrl.rewards.model import load_reward_model, score, separate_padding
 
 Say = Callable[[str], None]
+WAIT_SECONDS = 0.02
 
 
 def reward_model(path: str, options: dict[str, Any], say: Say) -> RewardFunction:
@@ -30,7 +32,8 @@ def reward_model(path: str, options: dict[str, Any], say: Say) -> RewardFunction
         return validate_call(_reward_model)(path, say, **options)
     except ValidationError as error:
         mistakes = "; ".join(f"option `{d['loc'][0]}`: {d['msg']}, got {d['input']!r}" for d in error.errors())
-        raise RefusedError(f"rewards: {path}: {mistakes}. It takes dtype, batch_size and max_length") from None
+        known = "dtype, batch_size, max_length and wait_seconds"
+        raise RefusedError(f"rewards: {path}: {mistakes}. It takes {known}") from None
 
 
 def _reward_model(
@@ -40,9 +43,11 @@ def _reward_model(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     batch_size: Annotated[int, Field(ge=1)] = 16,
     max_length: Annotated[int, Field(ge=2)] | None = None,
+    wait_seconds: Annotated[float, Field(ge=0, le=10)] | None = None,
 ) -> RewardFunction:
     """`max_length`: longer sequences have no score; the model's own limit when not given. `dtype` auto: bfloat16 on a
-    GPU, float32 on a CPU."""
+    GPU, float32 on a CPU. `wait_seconds`: how long calls wait for one another to fill a batch; 0: each has batches of
+    its own, so that a run repeats to the last bit. When not given, 0.02 on a GPU and 0 on a CPU."""
     limit = _checked(path)
     gpu = torch.cuda.is_available()
     held = {"auto": torch.bfloat16 if gpu else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,17 +62,20 @@ def _reward_model(
     encoder = Encoder(tokenizer)
     longest = min(length for length in (limit, max_length) if length) if limit or max_length else None
 
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> Rewards:
-        sequences = [sequence_of(encoder, p, c) for p, c in zip(prompts, completions, strict=True)]
-        fitting = [i for i, ids in enumerate(sequences) if ids and (longest is None or len(ids) <= longest)]
-        rewards: Rewards = [None] * len(sequences)
-        if fitting:
-            found = score(model, [sequences[i] or [] for i in fitting], tokenizer.pad_token_id, batch_size)
-            for index, value in zip(fitting, found.tolist(), strict=True):
-                rewards[index] = value
-        return rewards
+    def sequences(prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[int] | None]:
+        found = [sequence_of(encoder, p, c) for p, c in zip(prompts, completions, strict=True)]
+        return [ids if ids and (longest is None or len(ids) <= longest) else None for ids in found]
 
-    return RewardFunction(reward, bounded=True)
+    def scores(sequences: list[list[int]]) -> list[float]:
+        return score(model, sequences, tokenizer.pad_token_id, batch_size).tolist()
+
+    usual = WAIT_SECONDS if gpu else 0.0
+    batches = Batches(sequences, scores, batch_size, usual if wait_seconds is None else wait_seconds)
+
+    async def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> Rewards:
+        return await batches.scores(prompts, completions)
+
+    return RewardFunction(reward, bounded=True, is_model=True)
 
 
 def sequence_of(encoder: Encoder, prompt: Any, completion: Any) -> list[int] | None:

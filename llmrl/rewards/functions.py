@@ -21,9 +21,9 @@ from llmrl.config.nearest import nearest
 from llmrl.errors import RefusedError
 from llmrl.rewards import shaping
 from llmrl.rewards.answers import final_number, is_correct
-from llmrl.rewards.children import ChildPool
 from llmrl.rewards.maths import verified
 from llmrl.rewards.texts import boxes, final_answer, text_of, texts_of, up_to_first_box
+from llmrl.rewards.verifiers import Verifiers
 
 Rewards = list[float | None]
 Column = Annotated[str, Field(min_length=1)]
@@ -39,12 +39,14 @@ class RewardFunction:
     """A reward function and what is known of it.
 
     `needs`: of each group of columns it takes the first that is there. `bounded`: it cannot hang, so that no limit is
-    put on a whole call (its work is limited piece by piece).
+    put on a whole call (its work is limited piece by piece). `is_model`: it reads what the policy read, dialogues also
+    where prompts and completions are text.
     """
 
     call: Callable[..., Any]
     needs: tuple[tuple[str, ...], ...] = ()
     bounded: bool = False
+    is_model: bool = False
 
     def __call__(self, **arguments: Any) -> Any:
         return self.call(**arguments)
@@ -74,14 +76,14 @@ def accuracy(
     column: Column | None = None,
     first_box: bool = False,
     require_box: bool = False,
-    pool: ChildPool | None = None,
+    pool: Verifiers | None = None,
 ) -> RewardFunction:
     """1.0 where the completion's answer is mathematically equal to that of `column` (`answer` or else `solution`).
 
     What counts as the answer of a text is `texts.final_answer`, for the right one too; equality is math-verify's.
     `first_box`: the first box is graded and not the last. `require_box`: without a box, 0.0.
     """
-    pool = pool or ChildPool()
+    pool = pool or Verifiers()
     names = (column,) if column else GOLD_COLUMNS
 
     async def reward(completions: Sequence[Any], **columns: Any) -> Rewards:
@@ -95,13 +97,11 @@ def accuracy(
     return RewardFunction(reward, needs=(names,), bounded=True)
 
 
-async def verified_all(pool: ChildPool, golds: Sequence[Any], texts: Sequence[str]) -> Rewards:
+async def verified_all(pool: Verifiers, golds: Sequence[Any], texts: Sequence[str]) -> Rewards:
     """`maths.verified` of each text, as many at once as the pool has processes."""
     pairs = zip(golds, texts, strict=True)
-    judgements = await asyncio.gather(
-        *(verified(pool, "" if gold is None else str(gold), text) for gold, text in pairs)
-    )
-    return [judgement.score for judgement in judgements]
+    answers = await asyncio.gather(*(verified(pool, "" if gold is None else str(gold), text) for gold, text in pairs))
+    return [answer.value for answer in answers]
 
 
 def exact_match(
@@ -125,7 +125,7 @@ def exact_match(
     return RewardFunction(reward, needs=((column,),), bounded=True)
 
 
-def format(*, pattern: Column | None = None, pool: ChildPool | None = None) -> RewardFunction:
+def format(*, pattern: Column | None = None, pool: Verifiers | None = None) -> RewardFunction:
     """1.0 where the text has the form, else 0.0: `<think>` at its start and nowhere else, and `</think>` after it, as
     TRL's `think_format_reward`; or a regular expression that matches from its start (`.` takes line ends)."""
     if pattern is None:
@@ -134,12 +134,12 @@ def format(*, pattern: Column | None = None, pool: ChildPool | None = None) -> R
         re.compile(pattern)
     except re.error as error:
         raise RefusedError(f"pattern {pattern!r} is no regular expression: {error}") from None
-    pool = pool or ChildPool()
+    pool = pool or Verifiers()
 
     async def reward(completions: Sequence[Any], **_: Any) -> Rewards:
         texts = texts_of(completions)
         found = await asyncio.gather(*(pool.ask("match", pattern=pattern, text=text) for text in texts))
-        return [judgement.score for judgement in found]
+        return [answer.value for answer in found]
 
     return RewardFunction(reward, bounded=True)
 
@@ -204,7 +204,7 @@ def cosine(
     exceed_margin: Annotated[int, Field(ge=0)] = 16,
     verifier: Literal["accuracy", "correct_number"] = "accuracy",
     column: Column | None = None,
-    pool: ChildPool | None = None,
+    pool: Verifiers | None = None,
 ) -> RewardFunction:
     """Correctness that depends on length by a cosine: short right answers and long wrong ones get the higher values.
 
@@ -260,7 +260,7 @@ FUNCTIONS: dict[str, Callable[..., RewardFunction]] = {
 }
 
 
-def build(name: str, options: dict[str, Any], pool: ChildPool | None = None) -> RewardFunction:
+def build(name: str, options: dict[str, Any], pool: Verifiers | None = None) -> RewardFunction:
     """The function of that name with these options (text is read as the number that it is).
 
     Raises RefusedError for an unknown name or option, a value of the wrong type or out of range, a missing option.

@@ -10,34 +10,25 @@ import re
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from llmrl.config.nearest import nearest
 from llmrl.errors import RefusedError
-from llmrl.rewards.children import ChildPool
 from llmrl.rewards.functions import FUNCTIONS, RewardFunction, build
 from llmrl.rewards.keys import RewardFunctionKeys
+from llmrl.rewards.verifiers import Verifiers
 
 SUPPLIED = ("prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state")
 _OWN = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)|(?P<module>[A-Za-z_][\w.]*):(?P<attribute>\w+)")
 
 
-def load(
-    entry: RewardFunctionKeys,
-    pool: ChildPool,
-    say: Callable[[str], None],
-    given: Mapping[str, Callable[..., Any]] | None = None,
-) -> RewardFunction:
-    """The function of one entry; `given` are functions by name that a program hands over, which come first.
-
-    Raises RefusedError for what is not there, cannot be loaded, or does not take its options.
-    """
+def load(entry: RewardFunctionKeys, pool: Verifiers, say: Callable[[str], None]) -> RewardFunction:
+    """The function of one entry. Raises RefusedError for what is not there, cannot be loaded, or does not take its
+    options."""
     name = entry.function
-    if given and name in given:
-        return own(name, given[name], entry.options)
     if name in FUNCTIONS:
         return build(name, entry.options, pool)
     if match := _OWN.fullmatch(name):

@@ -8,22 +8,21 @@ event loop is never blocked; a function's failure costs its own scores only, unt
     scorer = Scorer(config, run.console.say)
     scorer.check(columns, "data.jsonl")          # before anything expensive
     scores = await scorer.score(prompts, completions, completion_ids, columns)
-    metrics.update(scorer.metrics())             # of all calls since the last time
+    logged, tallies = scorer.noted()             # of all calls since the last time
     scorer.close()
 """
 
 import asyncio
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmrl.errors import RefusedError
 from llmrl.rewards.calls import Caller, Say, Tally
-from llmrl.rewards.children import ChildPool
 from llmrl.rewards.functions import Rewards
 from llmrl.rewards.keys import RewardKeys
 from llmrl.rewards.loading import load
+from llmrl.rewards.verifiers import Verifiers
 
 
 @dataclass(frozen=True)
@@ -38,34 +37,28 @@ class Scores:
     by_function: dict[str, Rewards]
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
-    @property
-    def no_score(self) -> int:
-        """Completions without a total."""
-        return self.totals_S.count(None)
-
 
 class Scorer:
     """The reward functions of a configuration, ready to be called from any event loop."""
 
-    def __init__(self, keys: RewardKeys, say: Say, functions: Mapping[str, Callable[..., Any]] | None = None) -> None:
-        """`functions`: further ones by name, as a program hands them over. Loads reward models.
-
-        Raises RefusedError for functions that are not there and for options that they do not take.
-        """
-        self.pool = ChildPool(keys.verifier_processes, keys.verifier_timeout_seconds)
+    def __init__(self, keys: RewardKeys, say: Say) -> None:
+        """Loads reward models. Raises RefusedError for functions that are not there and for options that they do not
+        take."""
+        self.pool = Verifiers(keys.verifier_processes, keys.verifier_timeout_seconds)
         self.weights = {entry.label: entry.weight for entry in keys.rewards}
         self._clip, self._leave_out = keys.reward_clip, keys.reward_missing == "leave_out"
         self._callers = {
             entry.label: Caller(
                 entry.label,
-                load(entry, self.pool, say, functions),
+                load(entry, self.pool, say),
                 keys.reward_timeout_seconds,
                 keys.reward_max_failures,
                 say,
             )
             for entry in keys.rewards
         }
-        self._recent: dict[str, list[float]] = {}
+        self._recent: dict[str, list[float]] = {}  # what functions logged
+        self._told: dict[str, float] = {}
 
     def check(self, columns: Collection[str], where: str) -> None:
         """Refuse data (`where` it is from) that lacks a column which a function needs."""
@@ -85,8 +78,12 @@ class Scorer:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence[Any]],
         trainer_state: Any = None,
+        dialogues: Sequence[tuple[Any, Any]] | None = None,
     ) -> Scores:
         """Scores of S completions; `columns` have an entry for each. All functions run at the same time.
+
+        Prompts and completions are texts or lists of messages. `dialogues`: (prompt, completion) of each as a reward
+        model is to read them, where that is something else.
 
         Raises RunFailedError as `Caller` does.
         """
@@ -100,19 +97,22 @@ class Scorer:
             "completions": list(completions),
             "completion_ids": list(completion_ids),
             "log_extra": lambda name, values: extra.update({name: list(values)}),
-            "log_metric": lambda name, value: self._note(name, [float(value)]),
+            "log_metric": lambda name, value: self._recent.setdefault(name, []).append(float(value)),
         }
         if trainer_state is not None:
             arguments["trainer_state"] = trainer_state
-        by_function = await self._all(arguments, len(completions))
+        for_models = dict(arguments)
+        if dialogues is not None:
+            for_models |= {"prompts": [p for p, _ in dialogues], "completions": [c for _, c in dialogues]}
+        by_function = await self._all(arguments, for_models, len(completions))
         totals = [self._total(values) for values in zip(*by_function.values(), strict=True)]
-        for label, scores in by_function.items():
-            self._note(f"rewards/{label}", scores)
-        self._note("reward", totals)
         return Scores(totals, by_function, extra)
 
-    async def _all(self, arguments: dict[str, Any], count: int) -> dict[str, Rewards]:
-        tasks = [asyncio.ensure_future(caller(arguments, count)) for caller in self._callers.values()]
+    async def _all(self, arguments: dict[str, Any], for_models: dict[str, Any], count: int) -> dict[str, Rewards]:
+        tasks = [
+            asyncio.ensure_future(caller(for_models if caller.function.is_model else arguments, count))
+            for caller in self._callers.values()
+        ]
         try:
             found = await asyncio.gather(*tasks)
         finally:
@@ -129,35 +129,33 @@ class Scorer:
         total = sum(there)
         return total if self._clip is None else max(-self._clip, min(self._clip, total))
 
-    def _note(self, name: str, values: Sequence[float | None]) -> None:
-        self._recent.setdefault(name, []).extend(value for value in values if value is not None)
-
     @property
     def tallies(self) -> dict[str, Tally]:
         """What has happened so far, by function."""
         return {label: caller.tally for label, caller in self._callers.items()}
 
-    def metrics(self) -> dict[str, float]:
-        """Means (and standard deviations of the rewards, named as in TRL) since the last time this was asked, and the
-        running counts of what went without a score."""
+    def noted(self) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """Since the last time this was asked: the values that functions logged, by name, and by name of the metric the
+        completions without a score, the calls that failed, the seconds, the verifications killed and crashed.
+
+        To be asked between calls of `score`, by whoever made them.
+        """
         recent, self._recent = self._recent, {}
-        found: dict[str, float] = {}
-        for name, values in recent.items():
-            if not values:
-                continue
-            mean = sum(values) / len(values)
-            if name.startswith("rewards/"):
-                found[f"{name}/mean"] = mean
-                found[f"{name}/std"] = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
-            else:
-                found[name] = mean
+        totals = self._totals()
+        before, self._told = self._told, totals
+        return recent, {name: value - before.get(name, 0.0) for name, value in totals.items()}
+
+    def _totals(self) -> dict[str, float]:
+        totals: dict[str, float] = {}
         for label, tally in self.tallies.items():
-            found[f"rewards/{label}/no_score"] = float(tally.no_score)
-            found[f"rewards/{label}/failures"] = float(tally.failures)
-            found[f"rewards/{label}/seconds"] = tally.seconds
-        found["verifier/killed"] = float(self.pool.counts.killed)
-        found["verifier/crashed"] = float(self.pool.counts.crashed)
-        return found
+            totals[f"rewards/{label}/no_score"] = float(tally.no_score)
+            totals[f"rewards/{label}/failures"] = float(tally.failures)
+            totals[f"rewards/{label}/seconds"] = tally.seconds
+        return {
+            **totals,
+            "verifier/killed": float(self.pool.counts.killed),
+            "verifier/crashed": float(self.pool.counts.crashed),
+        }
 
     def close(self) -> None:
         """End the verifier processes."""

@@ -8,9 +8,9 @@ length in tokens:
     repetition     p (1 - distinct n-grams / n-grams)                                           (TRL; sparse)
     soft overlong  0 up to L - B; (L - B - n) / B inside the buffer; -1 beyond L                (DAPO, Eq. 13)
 
-RLSP: Ye et al., "On the Emergence of Thinking in LLMs I", arXiv 2502.06773, Sec. 3. Cosine and dense repetition: Yeo
-et al., "Demystifying Long Chain-of-Thought Reasoning in LLMs", arXiv 2502.03373, App. C. DAPO: Yu et al., arXiv
-2503.14476. All of them are at most 0 save the cosine; all rise with what they encourage.
+RLSP: Ye et al., "On the Emergence of Thinking in LLMs I", arXiv 2502.06773, Sec. 3. Cosine: Yeo et al., "Demystifying
+Long Chain-of-Thought Reasoning in LLMs", arXiv 2502.03373, App. C. DAPO: Yu et al., arXiv 2503.14476. All of them are
+at most 0 save the cosine; all rise with what they encourage.
 """
 
 import math
@@ -74,24 +74,6 @@ def repeated_share(items: Sequence[Hashable], ngram_size: int) -> float:
     if total < 1:
         return 0.0
     return 1.0 - len({tuple(items[i : i + ngram_size]) for i in range(total)}) / total
-
-
-def dense_repetition(token_ids: Sequence[int], ngram_size: int = 40, penalty: float = -0.05) -> list[float]:
-    """A reward for each token: `penalty` where it lies in an n-gram that occurred before, once however many cover it.
-
-    The penalty of 2502.03373 for the use beside a sparse reward, with a discount of its own (0.99 there).
-    """
-    rewards = [0.0] * len(token_ids)
-    seen: set[tuple[int, ...]] = set()
-    covered = 0  # tokens before this index have their reward already
-    for start in range(len(token_ids) - ngram_size + 1):
-        ngram = tuple(token_ids[start : start + ngram_size])
-        if ngram in seen:
-            for index in range(max(start, covered), start + ngram_size):
-                rewards[index] = penalty
-            covered = start + ngram_size
-        seen.add(ngram)
-    return rewards
 
 
 def soft_overlong(length: int, max_len: int, buffer: int) -> float:

@@ -120,7 +120,8 @@ def test_the_terse_texts_are_a_handful_of_the_starters_tokens(play: Any) -> None
         ("7", 7), ("I say 7.", 7), ("3 is too low, so 7", 7), ("1-7", 7), ("-7", None), ("= -7", None), ("7.0", 7),
         ("7.5", None), ("11", None), ("0", None), ("seven", None), ("", None), ("<guess>4</guess> (not 5)", 4),
         ("<guess>2</guess><guess>3</guess>", 3), ("<guess>x</guess> 5", None), ("5 <guess>", 5), ("x7", None),
-        ("Answer: 9\n", 9), ("9" * 5000, None), ("٣", None), ("\0" + "8", 8), ("1,000", None), ("7/2", 2),
+        ("Answer: 9\n", 9), ("9" * 5000, None), ("٣", 3), ("\0" + "8", 8), ("1,000", None), ("7/2", None),
+        ("7 on my 2nd try", 7),
     ],
 )  # fmt: skip
 def test_which_guess_is_read(text: str, guess: int | None) -> None:

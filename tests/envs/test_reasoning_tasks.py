@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ pytest.importorskip("reasoning_gym", reason="the optional package reasoning-gym 
 def _end_the_children() -> Iterator[None]:
     yield
     scorer().close()
+    scorer.cache_clear()
 
 
 @pytest.mark.parametrize("task", ["chain_sum", "number_sorting", "isomorphic_strings", "graph_color"])
@@ -151,14 +153,16 @@ def test_a_scorer_that_is_late_or_dies_is_no_score_and_is_replaced(monkeypatch: 
     own, question = Scorer(), item()
     try:
         assert own.score(question, 30) == 1.0
-        first = own._idle[0]._process.pid
+        (first,) = own.pool.pids
         assert b"s3cret" not in Path(f"/proc/{first}/environ").read_bytes()
         os.kill(first, signal.SIGSTOP)  # it hangs
         assert own.score(question, 0.2) is None
         assert not Path(f"/proc/{first}").exists()
         assert own.score(question, 30) == 1.0
-        os.kill(own._idle[0]._process.pid, signal.SIGKILL)
-        assert own.score(question, 30) is None
+        (second,) = own.pool.pids
+        os.kill(second, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (second, signal.SIGKILL)).start()
+        assert own.score(question, 30) is None  # it dies over this answer
         assert own.score(question, 30) == 1.0
     finally:
         own.close()
@@ -168,8 +172,8 @@ def test_a_late_scorer_gives_no_reward_at_all(play: Any) -> None:
     kind = envs.load("reasoning_gym:chain_sum", {"deadline_seconds": 0.2})
     assert kind.rows is not None
     row = kind.rows("train", 1, 0)[0]
-    for child in scorer()._idle:
-        os.kill(child._process.pid, signal.SIGSTOP)
+    for child in scorer().pool.pids:
+        os.kill(child, signal.SIGSTOP)
     assert play(kind.make(row, 0), lambda _: f"<answer>{row['answer']}</answer>")[1:] == ({}, True)
 
 

@@ -11,11 +11,11 @@ from trl.rewards import get_cosine_scaled_reward, get_repetition_penalty_reward,
 from trl.rewards import get_soft_overlong_punishment as trl_soft_overlong
 
 from llmrl.errors import RefusedError
-from llmrl.rewards.children import ChildPool
 from llmrl.rewards.functions import FUNCTIONS, build
-from llmrl.rewards.shaping import ReasoningLength, dense_repetition, repeated_share, soft_overlong
+from llmrl.rewards.shaping import ReasoningLength, repeated_share, soft_overlong
+from llmrl.rewards.verifiers import Verifiers
 
-POOL = ChildPool(processes=2, seconds=20.0)
+POOL = Verifiers(processes=2, seconds=20.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,15 +140,8 @@ def test_cosine_as_in_trl() -> None:
     assert ours == pytest.approx(theirs)
 
 
-def test_repetition_sparse_and_dense() -> None:
-    ids = [1, 2, 3, 1, 2, 3, 1, 2]
-    (sparse,) = build("repetition", {})(completion_ids=[ids])
-    assert sparse == -0.5
-    dense = dense_repetition(ids, ngram_size=3)
-    assert dense == [0, 0, 0, -0.05, -0.05, -0.05, -0.05, -0.05]
-    assert sum(0.99**t * reward for t, reward in enumerate(dense)) == pytest.approx(-0.23777153, abs=1e-8)
-    assert dense_repetition([1, 2], ngram_size=3) == [0, 0]
-    assert dense_repetition([], ngram_size=3) == []
+def test_repetition() -> None:
+    assert build("repetition", {})(completion_ids=[[1, 2, 3, 1, 2, 3, 1, 2]]) == [-0.5]
 
 
 def test_repetition_as_in_trl() -> None:
@@ -184,7 +177,7 @@ def test_format_with_a_pattern_of_ones_own() -> None:
         0,
         0,
     ]
-    pool = ChildPool(processes=1, seconds=1.0)
+    pool = Verifiers(processes=1, seconds=1.0)
     hanging = build("format", {"pattern": "(a+)+b"}, pool)
     found = asyncio.run(hanging(completions=["a" * 60, "ab"]))
     pool.close()
@@ -197,6 +190,9 @@ def test_accuracy() -> None:
     texts = [r"\boxed{\frac{2}{4}}", r"\boxed{2}", "no", r"\boxed{0.5} \boxed{7}"]
     assert call("accuracy", texts, answer=["1/2"] * 4) == [1, 0, 0, 0]
     assert call("accuracy", texts, options={"first_box": True}, solution=[r"So \boxed{\frac12}."] * 4) == [1, 0, 0, 1]
+    unboxed = ["Answer: 1/2", "\\boxed{1/2\nAnswer: 1/2"]
+    assert call("accuracy", unboxed, answer=["1/2"] * 2) == [1, 1]
+    assert call("accuracy", [texts[0], *unboxed], options={"require_box": True}, answer=["1/2"] * 3) == [1, 0, 0]
     assert call("accuracy", texts, options={"column": "gold"}, gold=["1/2", None, "", 7], answer=[0] * 4) == [
         1,
         None,

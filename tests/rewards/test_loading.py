@@ -11,13 +11,13 @@ from support.words import WORDS, word_tokenizer
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from llmrl.errors import RefusedError
-from llmrl.rewards.children import ChildPool
 from llmrl.rewards.functions import RewardFunction
 from llmrl.rewards.keys import RewardFunctionKeys
 from llmrl.rewards.loading import load
 from llmrl.rewards.model import score
+from llmrl.rewards.verifiers import Verifiers
 
-POOL = ChildPool()
+POOL = Verifiers()
 FILE = """
 import asyncio
 
@@ -68,8 +68,7 @@ def test_functions_of_an_installed_module() -> None:
 
 
 def test_a_function_that_cannot_be_inspected_gets_everything() -> None:
-    entry = RewardFunctionKeys(function="given", options={"x": 1})
-    assert load(entry, POOL, print, {"given": dict})(**ARGUMENTS) == {**ARGUMENTS, "x": 1}
+    assert loaded("builtins:dict", {"x": 1})(**ARGUMENTS) == {**ARGUMENTS, "x": 1}
 
 
 @pytest.mark.parametrize(
@@ -114,12 +113,13 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_reward_model_scores_the_tokens_that_it_was_trained_on(classifier: str) -> None:
     function = loaded(classifier, {"batch_size": 2})
+    assert function.is_model
     tokenizer = PreTrainedTokenizerFast.from_pretrained(classifier)
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     prompts = [[{"role": "user", "content": text}] for text in ("red cat", "dog", "the cat sees")]
     answers = ["one", "the dog sees a cat", "two"]
     completions = [[{"role": "assistant", "content": text}] for text in answers]
-    found = function(prompts=prompts, completions=completions, completion_ids=[[1]] * 3)
+    found = asyncio.run(function(prompts=prompts, completions=completions, completion_ids=[[1]] * 3))
     texts = [
         f"<|start|>user {p[0]['content']}<|end|><|start|>assistant {a}<|end|>"
         for p, a in zip(prompts, answers, strict=True)
@@ -127,7 +127,7 @@ def test_a_reward_model_scores_the_tokens_that_it_was_trained_on(classifier: str
     expected = score(model, tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer.pad_token_id)
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
     assert len(set(found)) == 3
-    plain = function(prompts=["red", "red"], completions=[" cat", " dog"], completion_ids=[[1]] * 2)
+    plain = asyncio.run(function(prompts=["red", "red"], completions=[" cat", " dog"], completion_ids=[[1]] * 2))
     ids = tokenizer(["red cat<|end|>", "red dog<|end|>"], add_special_tokens=False)["input_ids"]
     assert plain == pytest.approx(score(model, ids, tokenizer.pad_token_id).tolist(), abs=1e-5)
 
@@ -135,9 +135,9 @@ def test_a_reward_model_scores_the_tokens_that_it_was_trained_on(classifier: str
 def test_what_a_reward_model_cannot_read_has_no_score(classifier: str) -> None:
     long = " ".join(WORDS * 3)
     called: list[dict[str, Any]] = [{"role": "assistant", "content": "one"}, {"role": "user", "content": "two"}]
-    found = loaded(classifier)(prompts=["red"] * 3, completions=[long, called, "cat"], completion_ids=[[1]] * 3)
+    found = asyncio.run(loaded(classifier)(prompts=["red"] * 3, completions=[long, called, "cat"]))
     assert [value is None for value in found] == [True, True, False]
-    assert loaded(classifier, {"max_length": 2})(prompts=["red"], completions=["cat"], completion_ids=[[1]]) == [None]
+    assert asyncio.run(loaded(classifier, {"max_length": 2})(prompts=["red"], completions=["cat"])) == [None]
 
 
 def test_what_is_no_reward_model_is_refused(classifier: str, tmp_path: Path) -> None:
@@ -145,5 +145,5 @@ def test_what_is_no_reward_model_is_refused(classifier: str, tmp_path: Path) -> 
         loaded(str(Path(classifier).parent / "base"))
     with pytest.raises(RefusedError, match="is no built-in function and no model that can be loaded"):
         loaded(str(tmp_path))
-    with pytest.raises(RefusedError, match=r"option `batch_size`.*It takes dtype, batch_size and max_length"):
+    with pytest.raises(RefusedError, match=r"option `batch_size`.*It takes dtype, batch_size, max_length and"):
         loaded(classifier, {"batch_size": 0})

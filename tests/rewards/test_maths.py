@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from llmrl.rewards.children import ChildPool
 from llmrl.rewards.maths import equal_at_sight, verified
 from llmrl.rewards.texts import final_answer
+from llmrl.rewards.verifiers import Verifiers
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[ChildPool]:
-    made = ChildPool(processes=2, seconds=20.0)
+def pool() -> Iterator[Verifiers]:
+    made = Verifiers(processes=2, seconds=20.0)
     yield made
     made.close()
 
@@ -67,14 +67,14 @@ def test_at_sight(gold: str, answer: str, decided: bool | None) -> None:
         ("", r"\boxed{7}", None),
     ],
 )
-def test_verified(pool: ChildPool, gold: str, text: str, score: float | None) -> None:
-    assert asyncio.run(verified(pool, gold, text)).score == score
+def test_verified(pool: Verifiers, gold: str, text: str, score: float | None) -> None:
+    assert asyncio.run(verified(pool, gold, text)).value == score
 
 
 def test_no_child_is_needed_for_what_is_plain() -> None:
-    pool = ChildPool()
-    assert asyncio.run(verified(pool, "12", "Answer: 12")).score == 1.0
-    assert asyncio.run(verified(pool, "12", "Answer: 13")).score == 0.0
+    pool = Verifiers()
+    assert asyncio.run(verified(pool, "12", "Answer: 12")).value == 1.0
+    assert asyncio.run(verified(pool, "12", "Answer: 13")).value == 0.0
     assert (pool.pids, pool.counts.started) == ([], 0)
     pool.close()
 
@@ -83,11 +83,11 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-async def scores(pool: ChildPool, pairs: list[tuple[str, str]]) -> list[float | None]:
-    return [j.score for j in await asyncio.gather(*(verified(pool, gold, text) for gold, text in pairs))]
+async def scores(pool: Verifiers, pairs: list[tuple[str, str]]) -> list[float | None]:
+    return [a.value for a in await asyncio.gather(*(verified(pool, gold, text) for gold, text in pairs))]
 
 
-def test_real_solutions_verify_against_their_answers(pool: ChildPool, shared_data: Path) -> None:
+def test_real_solutions_verify_against_their_answers(pool: Verifiers, shared_data: Path) -> None:
     maths = rows(shared_data / "math" / "math500_a.jsonl")
     assert set(asyncio.run(scores(pool, [(row["answer"], row["solution"]) for row in maths]))) == {1.0}
     school = rows(shared_data / "gsm8k" / "test_a.jsonl")
@@ -95,14 +95,14 @@ def test_real_solutions_verify_against_their_answers(pool: ChildPool, shared_dat
 
 
 def test_math_verify_can_read_real_answers_and_agrees_with_what_is_decided_at_sight(
-    pool: ChildPool, shared_data: Path
+    pool: Verifiers, shared_data: Path
 ) -> None:
     golds = [row["answer"] for row in rows(shared_data / "math" / "math500_a.jsonl")]
     shuffled = golds[1:] + golds[:1]
 
     async def by_child(pairs: list[tuple[str, str]]) -> list[float | None]:
         found = await asyncio.gather(*(pool.ask("equal", gold=gold, answer=answer) for gold, answer in pairs))
-        return [judgement.score for judgement in found]
+        return [answer.value for answer in found]
 
     assert set(asyncio.run(by_child(list(zip(golds, golds, strict=True))))) == {1.0}
     pairs = list(zip(golds, shuffled, strict=True))
@@ -112,7 +112,7 @@ def test_math_verify_can_read_real_answers_and_agrees_with_what_is_decided_at_si
 
 
 @pytest.mark.slow
-def test_model_solutions_are_judged_as_their_authors_judged_them(pool: ChildPool, shared_data: Path) -> None:
+def test_model_solutions_are_judged_as_their_authors_judged_them(pool: Verifiers, shared_data: Path) -> None:
     pairs, labels = [], []
     for row in rows(shared_data / "gsm8k" / "model_solutions_a.jsonl"):
         for solution in (value for value in row.values() if isinstance(value, dict)):

@@ -1,9 +1,11 @@
 """Several weighted reward functions at once, and all that one of them can do wrong."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,20 @@ COLUMNS = {"answer": ["2", "4"], "level": [1, 2]}
 
 
 @pytest.fixture
-def scorer() -> Iterator[Callable[..., Scorer]]:
-    """Makes scorers of functions by name; `said` collects what they say."""
+def scorer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Scorer]]:
+    """Makes scorers of functions, as if they stood in a module of the user's; `said` collects what they say."""
     made: list[Scorer] = []
+    module = ModuleType("users_rewards")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
     def make(*entries: Any, said: list[str] | None = None, **settings: Any) -> Scorer:
-        functions = {entry.__name__: entry for entry in entries if callable(entry)}
-        rewards = [entry.__name__ if callable(entry) else entry for entry in entries]
+        rewards = []
+        for entry in entries:
+            if callable(entry):
+                setattr(module, entry.__name__, entry)
+            rewards.append(f"users_rewards:{entry.__name__}" if callable(entry) else entry)
         keys = RewardKeys.model_validate({"rewards": rewards, **settings})
-        made.append(Scorer(keys, (said if said is not None else []).append, functions))
+        made.append(Scorer(keys, (said if said is not None else []).append))
         return made[-1]
 
     yield make
@@ -59,12 +66,9 @@ def test_weighted_sum_and_metrics(scorer: Callable[..., Scorer]) -> None:
     assert scores.totals_S == pytest.approx([0.8 - 0.2 * 2 / 2, -0.2 * 2 / 3])
     assert scores.by_function["correct_number"] == [1.0, 0.0]
     assert scores.by_function["in_a_box"] == [1.0, 1.0]
-    metrics = made.metrics()
-    assert metrics["reward"] == pytest.approx((0.6 - 0.4 / 3) / 2)
-    assert metrics["rewards/correct_number/mean"] == 0.5
-    assert metrics["rewards/correct_number/std"] == pytest.approx(0.5**0.5)
-    assert metrics["rewards/in_a_box/no_score"] == 0
-    assert "reward" not in made.metrics()  # of no call
+    logged, tallies = made.noted()
+    assert logged == {}
+    assert tallies["rewards/in_a_box/no_score"] == 0
 
 
 def test_the_sum_can_be_clipped(scorer: Callable[..., Scorer]) -> None:
@@ -77,13 +81,12 @@ def test_none_is_left_out_of_the_sum_and_all_none_is_no_score(scorer: Callable[.
     third = {"function": "boxed", "weight": 0}
     made = scorer(first, second, third)
     assert score(made).totals_S == [1.0, None]  # a function of weight 0 is no score
-    assert score(made).no_score == 1
-    assert made.tallies["second"].no_score == 4
+    assert made.tallies["second"].no_score == 2
     assert score(scorer(first, second, reward_missing="no_score")).totals_S == [None, None]
     assert score(scorer(first, reward_missing="no_score")).totals_S == [1.0, None]
 
 
-def test_functions_get_what_trl_gives_them() -> None:
+def test_functions_get_what_trl_gives_them(scorer: Callable[..., Scorer]) -> None:
     seen: dict[str, Any] = {}
 
     def everything(
@@ -98,17 +101,15 @@ def test_functions_get_what_trl_gives_them() -> None:
     def only_these(completions: Any, level: Any, factor: int = 1) -> list[float]:
         return [factor * value for value in level]
 
-    made = Scorer(
-        RewardKeys.model_validate({"rewards": ["everything", {"function": "these", "options": {"factor": 3}}]}),
-        print,
-        {"everything": everything, "these": only_these},
-    )
+    scorer(only_these)
+    made = scorer(everything, {"function": "users_rewards:only_these", "options": {"factor": 3}})
     scores = score(made, trainer_state="state")
     assert (seen["prompts"], seen["completions"], seen["completion_ids"]) == (PROMPTS, COMPLETIONS, IDS)
     assert (seen["answer"], seen["columns"], seen["trainer_state"]) == (["2", "4"], {"level": [1, 2]}, "state")
-    assert scores.by_function["these"] == [3.0, 6.0]
+    assert scores.by_function["only_these"] == [3.0, 6.0]
     assert scores.extra == {"gold": ["2", "4"]}
-    assert made.metrics()["share"] == 0.25
+    assert made.noted()[0] == {"share": [0.25]}
+    assert made.noted()[0] == {}  # of no call
 
 
 def test_functions_run_at_the_same_time_and_the_loop_goes_on(scorer: Callable[..., Scorer]) -> None:
@@ -312,10 +313,11 @@ def test_a_verification_that_hangs_costs_its_completion_only(scorer: Callable[..
     texts = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac{2x+14}{2}}", r"\boxed{y+7}"]
     found = asyncio.run(made.score(["p"] * 3, texts, [[1]] * 3, {"answer": ["x+7"] * 3}))
     assert found.totals_S == [None, 1.0, 0.0]
-    metrics = made.metrics()
-    assert metrics["verifier/killed"] == 1
-    assert metrics["rewards/accuracy/no_score"] == 1
-    assert metrics["rewards/accuracy/failures"] == 0
+    _, tallies = made.noted()
+    assert tallies["verifier/killed"] == 1
+    assert tallies["rewards/accuracy/no_score"] == 1
+    assert tallies["rewards/accuracy/failures"] == 0
+    assert not any(made.noted()[1].values())  # since the last time
 
 
 def test_verifiers_that_cannot_start_end_the_run(scorer: Callable[..., Scorer]) -> None:

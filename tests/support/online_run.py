@@ -15,9 +15,11 @@ from llmrl.trainers import loop, pf_ppo, ppo, rlsp
 
 METHODS: dict[str, ModuleType] = {"loop": loop, "ppo": ppo, "rlsp": rlsp, "pf_ppo": pf_ppo}
 REWARD = '''
+from llmrl.rewards.texts import text_of
+
 def paid(completions, **columns):
     """Share of the six words that come first in the vocabulary."""
-    said = [completion[-1]["content"].split() for completion in completions]
+    said = [text_of(completion).split() for completion in completions]
     paid = {"red", "green", "blue", "one", "two", "three"}
     return [sum(word in paid for word in words) / max(len(words), 4) for words in said]
 '''
@@ -42,6 +44,8 @@ def write_online_config(tmp: Path, name: str = "config.yaml", **settings: Any) -
         "samples_per_prompt": 4,
         "max_completion_length": 8,
         "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",  # a published warm-up would leave the first of a few steps without a rate
+        "warmup_ratio": 0,
         "max_steps": 4,
         "eval_rows": 6,
     }

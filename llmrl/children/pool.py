@@ -1,10 +1,12 @@
-"""A small pool of child processes for judgements that can hang: neither a hang nor a crash costs more than itself.
+"""A small pool of child processes for work that can hang: neither a hang nor a crash costs more than itself.
 
-Invariants: every request is answered, with a score or with the reason for none, within its limit of seconds once a
+Invariants: every request is answered, with a value or with the reason for none, within its limit of seconds once a
 child has it; a child that overruns or ends is killed, waited for and replaced; at most `processes` children live at a
 time, none before the first request, none after `close`; an event loop is never blocked.
 
-One thread a child does the waiting, so the pool can be used from any event loop, and from none.
+One thread a child does the waiting, so the pool can be used from any event loop, and from none. What a child does is
+said by the module that is started in it (`serving.py`). This protects from accidents (an answer over which a library
+hangs or swells), not from hostile code: nothing that runs a model's text may be called there.
 """
 
 import asyncio
@@ -18,11 +20,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from llmrl.rewards.child import HEADER
+from llmrl.children.serving import HEADER
 
 START_SECONDS = 120.0
 """For Python and its libraries to load on a busy machine; not part of any request's limit."""
@@ -36,11 +39,14 @@ class ChildStartError(Exception):
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """`score` is None where there is none, and then `reason` says why."""
+class Answer:
+    """`value`, anything that JSON holds, is None where there is none, and then `reason` says why."""
 
-    score: float | None
+    value: Any
     reason: str = ""
+
+
+CLOSED = Answer(None, "the pool was closed")
 
 
 @dataclass
@@ -53,37 +59,39 @@ class PoolCounts:
     started: int = 0
 
 
-@dataclass
 class ChildPool:
-    """`processes` children with `memory_mb` of address space each and `seconds` for a judgement."""
+    """Up to `processes` children that run `python -m module`, with `memory_mb` of address space each and `seconds` for
+    a request. `variables`: of their environment, beside the few of ours that they get."""
 
-    processes: int = 2
-    seconds: float = 5.0
-    memory_mb: int = 1024
-    counts: PoolCounts = field(default_factory=PoolCounts)
-
-    def __post_init__(self) -> None:
-        self._requests: queue.SimpleQueue[tuple[dict[str, Any], Future[Judgement]] | None] = queue.SimpleQueue()
+    def __init__(
+        self, module: str, processes: int, seconds: float, memory_mb: int, variables: Mapping[str, str] | None = None
+    ) -> None:
+        self.module, self.processes, self.seconds, self.memory_mb = module, processes, seconds, memory_mb
+        self.variables = dict(variables or {})
+        self.counts = PoolCounts()
+        self._requests: queue.SimpleQueue[tuple[dict[str, Any], Future[Answer]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._children: set[_Child] = set()
         self._lock = threading.Lock()
-        self._failed_starts = 0
+        self._open = self._failed_starts = 0  # requests without an answer; children that did not start, in a row
         self._closed = False
 
-    async def ask(self, kind: str, **request: str) -> Judgement:
-        """The judgement of a child. Raises ChildStartError where none can be started."""
+    async def ask(self, kind: str, **request: Any) -> Answer:
+        """The answer of a child. Raises ChildStartError where none can be started."""
         return await asyncio.wrap_future(self.submit(kind, **request))
 
-    def submit(self, kind: str, **request: str) -> "Future[Judgement]":
-        """The same for callers without an event loop. Raises RuntimeError after `close`."""
-        future: Future[Judgement] = Future()
+    def submit(self, kind: str, seconds: float | None = None, **request: Any) -> "Future[Answer]":
+        """The same for callers without an event loop. `seconds`: this request's limit, where it has one of its own.
+        Raises RuntimeError after `close`."""
+        future: Future[Answer] = Future()
         with self._lock:
             if self._closed:
-                raise RuntimeError("the pool of verifier processes is closed")
-            self._requests.put(({"kind": kind, "seconds": self.seconds, **request}, future))
-            if len(self._threads) < self.processes:
+                raise RuntimeError("the pool of child processes is closed")
+            self._requests.put(({"kind": kind, "seconds": seconds or self.seconds, **request}, future))
+            self._open += 1
+            if len(self._threads) < min(self._open, self.processes):
                 # A daemon: a program that ends without `close` is not held up, and its children end with it.
-                thread = threading.Thread(target=self._serve, name="verifier-child", daemon=True)
+                thread = threading.Thread(target=self._serve, name=f"child of {self.module}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
         return future
@@ -110,44 +118,51 @@ class ChildPool:
         child: _Child | None = None
         while (item := self._requests.get()) is not None:
             request, future = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                if child is not None and child.process.poll() is not None:
+            answer: Answer | Exception = CLOSED
+            wanted = future.set_running_or_notify_cancel()
+            if wanted and not self._closed:
+                try:
+                    child = self._living(child)
+                    answer = self._asked(child, request)
+                except Exception as error:  # whatever it is, nobody may wait for ever
                     self._drop(child)
-                    child = None
-                if not self._closed:
-                    child = child or self._start()
-                    judgement = self._judge(child, request)
-                    if not child.usable:
-                        self._drop(child)
-                        child = None
-            except Exception as error:  # whatever it is, nobody may wait for ever
-                if not self._closed:
-                    future.set_exception(error)
-                    continue
-            future.set_result(Judgement(None, "the pool was closed") if self._closed else judgement)
+                    child, answer = None, error
+            with self._lock:
+                self._open -= 1
+                answer = CLOSED if self._closed else answer
+            if wanted:
+                future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
         self._drop(child)
 
-    def _judge(self, child: "_Child", request: dict[str, Any]) -> Judgement:
+    def _living(self, child: "_Child | None") -> "_Child":
+        """The thread's child, or a new one in its place."""
+        if child is not None and child.process.poll() is None:
+            return child
+        self._drop(child)
+        return self._start()
+
+    def _asked(self, child: "_Child", request: dict[str, Any]) -> Answer:
         try:
-            reply = child.exchange(request, self.seconds)
+            reply = child.exchange(request, request["seconds"])
         except TimeoutError:
-            child.usable = False
+            self._drop(child)
             self._count("killed")
-            return Judgement(None, f"no answer within {self.seconds:g} s")
+            return Answer(None, f"no answer within {request['seconds']:g} s")
         except (OSError, EOFError):
-            child.usable = False
+            ending = child.ending()
+            self._drop(child)
             self._count("crashed")
-            return Judgement(None, f"the verifier process ended {child.ending()}")
+            return Answer(None, f"the child process ended {ending}")
         self._count("answered")
-        return Judgement(reply["score"], reply["reason"])
+        return Answer(reply["value"], reply["reason"])
 
     def _start(self) -> "_Child":
         """A child that is ready. Raises ChildStartError, at once where the last few starts have failed."""
         if self._failed_starts >= MOST_FAILED_STARTS:
-            raise ChildStartError(f"verifier processes failed to start {self._failed_starts} times in a row")
-        child = _Child(self.memory_mb)
+            raise ChildStartError(
+                f"child processes ({self.module}) failed to start {self._failed_starts} times in a row"
+            )
+        child = _Child(self.module, self.memory_mb, self.variables)
         with self._lock:
             self._children.add(child)
             closed = self._closed
@@ -159,7 +174,7 @@ class ChildPool:
             self._failed_starts += not self._closed
             said = child.said()
             self._drop(child)
-            raise ChildStartError(f"a verifier process did not start: {said or child.ending()}") from None
+            raise ChildStartError(f"a child process ({self.module}) did not start: {said or child.ending()}") from None
         self._failed_starts = 0
         self._count("started")
         return child
@@ -176,21 +191,20 @@ class ChildPool:
 
 
 class _Child:
-    """One process and our end of its socket. It finds the packages that we find. `usable`: it can take a request."""
+    """One process and our end of its socket. It finds the packages that we find."""
 
-    def __init__(self, memory_mb: int) -> None:
-        self.usable = True
+    def __init__(self, module: str, memory_mb: int, further: Mapping[str, str]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `end`)
         self._socket, theirs = socket.socketpair()
         variables = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         with theirs:
             self.process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-P", "-m", "llmrl.rewards.child", str(memory_mb)],
+                [sys.executable, "-P", "-m", module, str(memory_mb)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 cwd="/",
-                env=variables | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+                env={**variables, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **further},
                 start_new_session=True,  # Ctrl-C in a terminal is for us to handle
             )
 

@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from llmrl.rewards import children
-from llmrl.rewards.children import ChildPool, ChildStartError
+from llmrl.children.pool import KEPT_VARIABLES, ChildStartError
+from llmrl.rewards.verifiers import Verifiers
 
 HANGS = [r"9^{9^{9^{9}}}", r"(10^{10})!", r"\binom{10^9}{5\cdot 10^8}", r"\sum_{n=1}^{10^{9}} \frac{1}{n^3}"]
 CATASTROPHIC = {"pattern": "(a+)+b", "text": "a" * 60}
 
 
 @pytest.fixture
-def pool() -> Iterator[ChildPool]:
-    made = ChildPool(processes=1, seconds=1.5)
+def pool() -> Iterator[Verifiers]:
+    made = Verifiers(processes=1, seconds=1.5)
     yield made
     made.close()
 
@@ -38,74 +38,84 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> bool:
     return holds()
 
 
-def test_a_verification(pool: ChildPool) -> None:
+def test_a_verification(pool: Verifiers) -> None:
     assert pool.pids == []
-    assert pool.submit("equal", gold=r"\frac{1}{2}", answer="0.5").result().score == 1.0
-    assert pool.submit("equal", gold="x+1", answer="1+x").result().score == 1.0
-    assert pool.submit("equal", gold="x+1", answer="x-1").result().score == 0.0
+    assert pool.submit("equal", gold=r"\frac{1}{2}", answer="0.5").result().value == 1.0
+    assert pool.submit("equal", gold="x+1", answer="1+x").result().value == 1.0
+    assert pool.submit("equal", gold="x+1", answer="x-1").result().value == 0.0
     assert len(pool.pids) == 1
 
 
 @pytest.mark.parametrize("hostile", [HANGS[0], *(pytest.param(h, marks=pytest.mark.slow) for h in HANGS[1:])])
-def test_what_hangs_is_killed_and_the_next_one_is_answered(pool: ChildPool, hostile: str) -> None:
+def test_what_hangs_is_killed_and_the_next_one_is_answered(pool: Verifiers, hostile: str) -> None:
     pool.submit("equal", gold="1", answer="2").result()
     (first,) = pool.pids
-    judgement = pool.submit("equal", gold="x+7", answer=hostile).result()
-    assert judgement.score is None
-    assert "within 1.5 s" in judgement.reason
+    answer = pool.submit("equal", gold="x+7", answer=hostile).result()
+    assert answer.value is None
+    assert "within 1.5 s" in answer.reason
     assert gone(first)
-    assert pool.submit("equal", gold="7", answer="7.0").result().score == 1.0
+    assert pool.submit("equal", gold="7", answer="7.0").result().value == 1.0
     assert (pool.counts.killed, pool.counts.started) == (1, 2)
 
 
-def test_a_pattern_that_never_ends_is_killed_though_it_never_lets_go_of_the_interpreter(pool: ChildPool) -> None:
-    assert pool.submit("match", **CATASTROPHIC).result().score is None
+def test_a_pattern_that_never_ends_is_killed_though_it_never_lets_go_of_the_interpreter(pool: Verifiers) -> None:
+    assert pool.submit("match", **CATASTROPHIC).result().value is None
     assert pool.counts.killed == 1
-    assert pool.submit("match", pattern="a.*b$", text="a\nb").result().score == 1.0
+    assert pool.submit("match", pattern="a.*b$", text="a\nb").result().value == 1.0
 
 
-def test_a_child_that_dies_in_a_request_costs_that_request_only(pool: ChildPool) -> None:
+def test_a_second_child_is_started_only_where_there_is_work_for_two() -> None:
+    pool = Verifiers(processes=2, seconds=20.0)
+    try:
+        for _ in range(3):
+            assert pool.submit("equal", gold="1", answer="1.0").result().value == 1.0
+        assert (len(pool.pids), pool.counts.started) == (1, 1)
+    finally:
+        pool.close()
+
+
+def test_a_child_that_dies_in_a_request_costs_that_request_only(pool: Verifiers) -> None:
     pool.submit("equal", gold="1", answer="2").result()
     (pid,) = pool.pids
     running = pool.submit("match", **CATASTROPHIC)
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
-    judgement = running.result()
-    assert (judgement.score, judgement.reason) == (None, "the verifier process ended by signal 9")
-    assert pool.submit("equal", gold="1", answer="1.0").result().score == 1.0
+    answer = running.result()
+    assert (answer.value, answer.reason) == (None, "the child process ended by signal 9")
+    assert pool.submit("equal", gold="1", answer="1.0").result().value == 1.0
     assert pool.counts.crashed == 1
 
 
-def test_a_child_that_dies_between_requests_costs_nothing(pool: ChildPool) -> None:
+def test_a_child_that_dies_between_requests_costs_nothing(pool: Verifiers) -> None:
     pool.submit("equal", gold="1", answer="2").result()
     (pid,) = pool.pids
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: gone(pid))
-    assert pool.submit("equal", gold="1", answer="1.0").result().score == 1.0
+    assert pool.submit("equal", gold="1", answer="1.0").result().value == 1.0
 
 
 @pytest.mark.slow
 def test_memory_is_bounded() -> None:
-    pool = ChildPool(processes=1, seconds=20.0, memory_mb=300)
+    pool = Verifiers(processes=1, seconds=20.0, memory_mb=300)
     try:
-        judgement = pool.submit("match", pattern="b", text="a" * (120 << 20)).result()
-        assert judgement.score is None
-        assert judgement.reason.startswith("the verifier process ended")
-        assert pool.submit("equal", gold="1", answer="1.0").result().score == 1.0
+        answer = pool.submit("match", pattern="b", text="a" * (120 << 20)).result()
+        assert answer.value is None
+        assert answer.reason.startswith("the child process ended")
+        assert pool.submit("equal", gold="1", answer="1.0").result().value == 1.0
     finally:
         pool.close()
 
 
-def test_an_exception_is_no_score(pool: ChildPool) -> None:
-    judgement = pool.submit("equal", gold="1").result()
-    assert (judgement.score, judgement.reason) == (None, "KeyError: 'answer'")
-    assert pool.submit("equal", gold="{", answer="1").result().score == 0.0
-    assert pool.submit("equal", gold="", answer="1").result().score is None
+def test_an_exception_is_no_score(pool: Verifiers) -> None:
+    answer = pool.submit("equal", gold="1").result()
+    assert (answer.value, answer.reason) == (None, "KeyError: 'answer'")
+    assert pool.submit("equal", gold="{", answer="1").result().value == 0.0
+    assert pool.submit("equal", gold="", answer="1").result().value is None
 
 
 @pytest.mark.slow
 def test_the_event_loop_goes_on_and_others_are_not_delayed() -> None:
-    pool = ChildPool(processes=2, seconds=3.0)
+    pool = Verifiers(processes=2, seconds=3.0)
 
     async def run() -> tuple[list[str], int]:
         order: list[str] = []
@@ -137,31 +147,31 @@ def test_the_event_loop_goes_on_and_others_are_not_delayed() -> None:
 
 
 def test_close_leaves_no_process_even_in_the_middle_of_a_request() -> None:
-    pool = ChildPool(processes=2, seconds=600.0)
+    pool = Verifiers(processes=2, seconds=600.0)
     running = [pool.submit("match", **CATASTROPHIC) for _ in range(3)]
     assert wait_until(lambda: len(pool.pids) == 2 and pool.counts.started == 2)
     pids = pool.pids
     pool.close()
     assert all(gone(pid) for pid in pids)
     assert pool.pids == []
-    assert [future.result(timeout=10).score for future in running] == [None] * 3
+    assert [future.result(timeout=10).value for future in running] == [None] * 3
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit("equal", gold="1", answer="1")
 
 
-def test_killed_pools_leave_nobody_after_many_hangs(pool: ChildPool) -> None:
+def test_killed_pools_leave_nobody_after_many_hangs(pool: Verifiers) -> None:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     pool.seconds = 0.2
     for _ in range(4):
-        assert pool.submit("match", **CATASTROPHIC).result().score is None
+        assert pool.submit("match", **CATASTROPHIC).result().value is None
     pool.close()
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
 
 PARENT = """
 import sys, time
-from llmrl.rewards.children import ChildPool
-pool = ChildPool(processes=2, seconds=2.0)
+from llmrl.rewards.verifiers import Verifiers
+pool = Verifiers(processes=2, seconds=2.0)
 for _ in range(2):
     pool.submit("equal", gold="1", answer="2")
 while pool.counts.answered < 2 or len(pool.pids) < 2:
@@ -185,18 +195,18 @@ def test_children_end_with_a_parent_that_is_killed() -> None:
 
 
 def test_a_child_does_not_see_our_environment_nor_import_torch(
-    monkeypatch: pytest.MonkeyPatch, pool: ChildPool
+    monkeypatch: pytest.MonkeyPatch, pool: Verifiers
 ) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "x")
     pool.submit("equal", gold="1", answer="2").result()
     process = psutil.Process(pool.pids[0])
-    assert set(process.environ()) <= {*children.KEPT_VARIABLES, "PYTHONPATH"}
+    assert set(process.environ()) <= {*KEPT_VARIABLES, "PYTHONPATH"}
     assert process.memory_info().rss < 300 << 20
     assert not [m for m in process.memory_maps() if "libtorch" in m.path]
 
 
 def test_where_no_child_can_be_started_its_words_are_told() -> None:
-    pool = ChildPool(processes=1, memory_mb=20)
+    pool = Verifiers(processes=1, memory_mb=20)
     try:
         with pytest.raises(ChildStartError, match="did not start"):
             pool.submit("equal", gold="1", answer="1").result()
