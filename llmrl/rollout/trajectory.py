@@ -80,6 +80,16 @@ class Rollout:
         return self.end_state.startswith("truncated")
 
     @property
+    def ends_in_stop(self) -> bool:
+        """Whether its last turn ended with a stop token."""
+        return bool(self.turns) and self.turns[-1].finish_reason == "stop"
+
+    @property
+    def ended_by_itself(self) -> bool:
+        """Whether no limit, of tokens or of turns, cut it off."""
+        return self.ends_in_stop and not self.truncated
+
+    @property
     def environment_rewards(self) -> dict[str, float]:
         """Sums over the turns, by name."""
         totals: dict[str, float] = {}
