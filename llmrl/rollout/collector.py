@@ -2,7 +2,8 @@
 
 Invariants
 - A rollout's random numbers follow from its seed alone, so what is collected depends on the tasks and the weights, not
-  on how fast anything was (for environments that never wait the order of events is the same, too).
+  on how fast anything was (for environments that never wait the order of events is the same, too), as long as no
+  deadline passes and nothing is given up.
 - Every rollout ends exactly once, in one of the states of `trajectory.EndState`; what ended without a reward is
   retried, left out or an error, as the group policy says, and is counted.
 - Everything that is waited for has a deadline, and its name is in the error.

@@ -192,6 +192,8 @@ class Guess:
         calls += 1
         self.row, self.fault = row, fault
         self.is_faulty = {"each": True, "once": calls == 20, "late": calls > 40}[WHEN]
+        if self.is_faulty and self.fault == "constructor":
+            time.sleep(60)
 
     @staticmethod
     def rows(split, count, seed):
@@ -238,6 +240,7 @@ def acting(tmp_path: Path, fault: str, when: str, **settings: Any) -> Path:
         ("raises", ["the environment broke (error-abort): step() raised ValueError: the dice are gone", "env.py"]),
         ("hangs", ["the environment broke (error-timeout): step() took longer than 0.2 s"]),
         ("init", ["the environment broke (error-abort): init() raised KeyError: 'the board'"]),
+        ("constructor", ["the environment broke (error-timeout): __init__() took longer than 0.2 s"]),
     ],
 )
 def test_an_environment_that_breaks_ends_the_run_where_that_was_asked_for(
@@ -294,10 +297,15 @@ def test_what_an_environment_may_not_return_breaks_it(tmp_path: Path, capsys: Sa
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"), [("init", "KeyError: 'the board'"), ("no messages", "init() returned 7 (int); expected a list")]
+    ("fault", "words"),
+    [
+        ("init", "KeyError: 'the board'"),
+        ("no messages", "init() returned 7 (int); expected a list"),
+        ("constructor", "__init__() took longer than 0.2 s"),
+    ],
 )
 def test_an_environment_that_does_not_begin_is_refused(tmp_path: Path, capsys: Said, fault: str, words: str) -> None:
-    said = ended(capsys, acting(tmp_path, fault, "each"), code=2)
+    said = ended(capsys, acting(tmp_path, fault, "each", rollout={"environment_seconds": 0.2}), code=2)
     assert "env.py:Guess does not begin: " in said
     assert words in said
     assert not (tmp_path / "run").exists()
