@@ -26,6 +26,23 @@ class Housekeeping:
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+SchedulerType = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("min_lr_rate", "min_lr", "num_cycles"),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+}
+"""Numbers that a schedule takes beside its length and warm-up."""
 
 
 class Keys(BaseModel):
@@ -96,10 +113,11 @@ class OptimizationKeys(Keys):
 
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate of AdamW."""
-    lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = "linear"
+    lr_scheduler_type: SchedulerType = "linear"
     """Shape of the learning rate over the steps."""
+    lr_scheduler_kwargs: dict[str, float] = Field(default_factory=dict)
+    """Numbers that the schedule takes, such as min_lr_rate of cosine_with_min_lr, the share of the peak that is left at
+    the end (0.1 if not given)."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the steps in which the learning rate rises from 0 to its peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -132,7 +150,22 @@ class OptimizationKeys(Keys):
                 f"lr_scheduler_type constant has no warm-up, so warmup_ratio {self.warmup_ratio} would be ignored. "
                 "Use constant_with_warmup, or warmup_ratio 0"
             )
+        known = SCHEDULER_KWARGS.get(self.lr_scheduler_type, ())
+        for name in self.lr_scheduler_kwargs:
+            if name not in known:
+                raise ValueError(
+                    f"lr_scheduler_kwargs names `{name}`, which lr_scheduler_type {self.lr_scheduler_type} does not "
+                    f"take; it takes {', '.join(known) or 'none'}"
+                )
         return self
+
+    @property
+    def schedule_numbers(self) -> dict[str, float]:
+        """lr_scheduler_kwargs, with the one number that its schedule cannot do without."""
+        ends = self.lr_scheduler_type == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & {
+            *self.lr_scheduler_kwargs
+        }
+        return {**({"min_lr_rate": 0.1} if ends else {}), **self.lr_scheduler_kwargs}
 
 
 class RunKeys(Keys):

@@ -4,8 +4,8 @@ Every rank is handed the same groups and takes its own share, balanced by tokens
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, get_scheduler
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.learner import forms, reference, sharding, state
 from llmrl.learner.batches import ModelInputs, scored_tokens
+from llmrl.learner.optimizer import adamw, only_value_head
 from llmrl.learner.policy import Policy, Scores
 from llmrl.learner.sequences import Floats, Group, split_into_microbatches, split_over_ranks, totals
 from llmrl.objectives.scored import Objective, Totals
@@ -39,12 +40,13 @@ class LearnerOptions:
     """How the learner trains. Learning rates are per optimizer step; `tokens_per_microbatch` bounds what one forward
     pass computes on one rank (unique tokens). `value_learning_rate` is the value head's own (None: the same).
     `most_skipped`: updates in a row that are left out because their loss or gradient is not finite, before that is an
-    error."""
+    error; on every backend."""
 
     learning_rate: float = 1e-6
     value_learning_rate: float | None = None
     most_skipped: int = 0
     lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
     total_steps: int = 1
     weight_decay: float = 0.0
@@ -88,16 +90,14 @@ class Learner:
         self.reference_kind = reference.choose(options.reference, isinstance(causal_lm, PeftModel))
         self.frozen = self._frozen_reference() if self.reference_kind == "frozen" else None
 
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.policy, options),
-            lr=options.learning_rate,
-            betas=options.adam_betas,
-            eps=options.adam_epsilon,
-            fused=True,
-        )
+        self.optimizer = adamw(self.policy, options)
         self._overflows = self._skipped = 0
         self.scheduler = get_scheduler(
-            options.lr_scheduler_type, self.optimizer, options.warmup_steps, max(options.total_steps, 1)
+            options.lr_scheduler_type,
+            self.optimizer,
+            options.warmup_steps,
+            max(options.total_steps, 1),
+            options.lr_scheduler_kwargs,
         )
         # A head whose loss does not reach the language model must not shorten its gradient either.
         apart = self.policy.value_head if not options.value_gradient else None
@@ -229,7 +229,7 @@ class Learner:
                         loss = self._dummy_loss(makes_reference)
                     self.backend.backward(loss, is_last)
         learning_rate = self.learning_rate
-        with self._only_value_head() if not language else nullcontext():
+        with nullcontext() if language else only_value_head(self.policy, self.optimizer):
             grad_norm = self.backend.apply()
         metrics = self._means(sums)
         applied = self._applied(metrics["loss"], grad_norm)
@@ -246,20 +246,6 @@ class Learner:
             "num_computed_tokens": float(sum(sizes)),
         }
 
-    @contextmanager
-    def _only_value_head(self) -> Iterator[None]:
-        """The language model's learning rate is 0, with which AdamW neither moves nor decays it."""
-        head = {id(p) for p in self.policy.value_head.parameters()} if self.policy.value_head is not None else set()
-        groups = [g for g in self.optimizer.param_groups if not any(id(p) in head for p in g["params"])]
-        rates = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = 0.0
-        try:
-            yield
-        finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-
     def advance_schedule(self) -> None:
         """The learning rate of the next step of the schedule."""
         self.scheduler.step()
@@ -273,7 +259,7 @@ class Learner:
             self._skipped = 0
             return True
         self._skipped += 1
-        if self._skipped > self.options.most_skipped or not self.backend.skips_nonfinite:
+        if self._skipped > self.options.most_skipped or self.backend.applied:
             times = f", {self._skipped} updates in a row" if self._skipped > 1 else ""
             raise RunFailedError(
                 f"loss {loss}, gradient norm {grad_norm}: not finite{times}. "
@@ -296,7 +282,8 @@ class Learner:
         for name, values in metrics.items():
             if values.numel():
                 sums.setdefault(name, []).append(_reduced(name, values.detach().double()))
-        return loss
+        # A loss that is no number has no gradient either, whatever autograd says: times NaN, no backend applies it.
+        return loss * (1 + 0 * loss.detach())
 
     def _dummy_loss(self, makes_reference: bool) -> Tensor:
         """The forwards and the backward of nothing, for ranks with fewer micro-batches: collectives are met by all.
@@ -311,7 +298,7 @@ class Learner:
         return nothing if scores.values_N is None else nothing + scores.values_N.sum() * 0.0
 
     def _means(self, sums: dict[str, list[Any]]) -> dict[str, float]:
-        """Means over all elements of all ranks; of what ends in `max` or `min` the largest or smallest.
+        """Means over all elements of all ranks, sums of shares; of what ends in `max` or `min` the largest or smallest.
 
         Ranks may know other names: one that had nothing to compute knows none.
         """
@@ -363,30 +350,12 @@ class Learner:
         return mixed.get(self.accelerator.mixed_precision, self.causal_lm.dtype)
 
 
-def _parameter_groups(policy: Policy, options: LearnerOptions) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, not for biases and norms; the value head may have its own learning rate."""
-    language = [p for p in policy.causal_lm.parameters() if p.requires_grad]
-    if not language:
-        raise RefusedError(
-            "the model has no trainable parameter, so training would change nothing. An adapter loaded for inference "
-            "needs is_trainable=True; a frozen model needs use_peft: true."
-        )
-    head = [] if policy.value_head is None else list(policy.value_head.parameters())
-    rates = ((language, options.learning_rate), (head, options.value_learning_rate or options.learning_rate))
-    groups = []
-    for parameters, rate in rates:
-        groups += [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay, "lr": rate},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": rate},
-        ]
-    return [g for g in groups if g["params"]]
-
-
 def _reduced(name: str, values: Tensor) -> tuple[Tensor, int]:
-    """A micro-batch's share of a metric: its sum or extreme, and how many elements it has."""
+    """A micro-batch's share of a metric: its sum or extreme, and how many elements that is the mean of (0: of none, a
+    share of a sum)."""
     if _is_extreme(name):
         return (values.max() if name.endswith("max") else values.min()), values.numel()
-    return values.sum(), values.numel()
+    return values.sum(), values.numel() if values.ndim else 0
 
 
 def _is_extreme(name: str) -> bool:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from llmrl.errors import RefusedError
 
-COLLECTIVE_TIMEOUT = timedelta(hours=3)
-"""Ranks without an engine of their own wait in a collective while others sample."""
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""More than any rank does alone while the others wait in a collective. What may take longer ends in a `Meeting`."""
 T = TypeVar("T")
 
 
@@ -65,9 +65,10 @@ class Backend(Protocol):
     """How gradients are accumulated, reduced and applied."""
 
     model: nn.Module
+    applied: bool
+    """Whether the last `apply` changed the weights: a gradient that is not finite leaves them as they are."""
     overflowed: bool
-    skips_nonfinite: bool
-    """The last `apply` changed no weight: float16's loss scale was too high for it, and has been lowered."""
+    """Whether it did not because float16's loss scale was too high for it, and has been lowered."""
 
     def step(self) -> AbstractContextManager[None]:
         """Around all the micro-batches of one optimizer step."""
@@ -83,9 +84,7 @@ class Backend(Protocol):
 
 
 class PlainBackend:
-    """One process, or DDP. A gradient that is not finite leaves the weights as they are."""
-
-    skips_nonfinite = True
+    """One process, or DDP."""
 
     def __init__(
         self,
@@ -95,7 +94,8 @@ class PlainBackend:
         max_grad_norm: float,
         apart: nn.Module | None = None,
     ) -> None:
-        self.accelerator, self.max_grad_norm, self.overflowed = accelerator, max_grad_norm, False
+        self.accelerator, self.max_grad_norm = accelerator, max_grad_norm
+        self.applied = self.overflowed = False
         self.apart = [] if apart is None else list(apart.parameters())
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.model, nn.parallel.DistributedDataParallel):
@@ -120,7 +120,8 @@ class PlainBackend:
             norm = norm + 0 * nn.utils.clip_grad_norm_(self.apart, most)  # not finite if either is not
         scaler = self.accelerator.scaler
         scale = None if scaler is None else scaler.get_scale()
-        if scale is not None or torch.isfinite(norm):  # a loss scaler leaves the step out itself, and must hear of it
+        self.applied = bool(torch.isfinite(norm))
+        if scale is not None or self.applied:  # a loss scaler leaves the step out itself, and must hear of it
             self.optimizer.step()
         # `optimizer.step_was_skipped` does not tell: a fused optimizer's step is called, and skips on the device.
         self.overflowed = scale is not None and scaler.get_scale() < scale
@@ -131,8 +132,6 @@ class PlainBackend:
 class DeepSpeedBackend:
     """ZeRO-1/2/3 through accelerate's plugin; the engine is driven directly: `Accelerator.backward` would step it."""
 
-    skips_nonfinite = False
-
     def __init__(
         self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
@@ -142,7 +141,7 @@ class DeepSpeedBackend:
             raise RefusedError(
                 "DeepSpeed with ZeRO stage 0 is plain DDP: launch with launch/accelerate/cpu_ddp.yaml or ddp8.yaml"
             )
-        self.accelerator, self.overflowed = accelerator, False
+        self.accelerator, self.applied, self.overflowed = accelerator, False, False
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         self.engine: Any = self.model
 
@@ -158,7 +157,9 @@ class DeepSpeedBackend:
     def apply(self) -> float:
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        self.overflowed = bool(getattr(self.engine.optimizer, "overflow", False))
+        # ZeRO calls any gradient that is not finite an overflow, in every precision, and steps over it.
+        self.applied = not getattr(self.engine.optimizer, "overflow", False)
+        self.overflowed = not self.applied and bool(self.engine.fp16_enabled())
         return float(self.engine.get_global_grad_norm())
 
 

@@ -82,8 +82,9 @@ class Objective(NamedTuple):
     """A loss together with what it needs to be handed: the reference's log-probabilities, the policy's entropies.
 
     `loss(logprobs_N, scored)` returns the scalar to differentiate (a sum over the micro-batch divided by a global
-    count) and metrics: tensors of any shape, detached, whose mean over all elements of all micro-batches and ranks is
-    what gets reported; of a metric whose name ends in `max` or `min` it is the largest or smallest element.
+    count) and metrics: detached tensors, whose mean over all elements of all micro-batches and ranks is what gets
+    reported; of a metric whose name ends in `max` or `min` it is the largest or smallest element. A tensor without
+    dimensions is the micro-batch's share of a sum over the step, like the loss: shares are added.
     """
 
     loss: Callable[[Tensor, ScoredTokens], tuple[Tensor, dict[str, Tensor]]]

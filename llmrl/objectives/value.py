@@ -62,4 +62,4 @@ class ValueRegression:
         losses_N = value_losses(*predicted(scored), self.value_clip) * scored.weights_S[scored.sequence_index_N]
         # The zero keeps the log-probabilities in the graph: ranks that share gradients expect one of every parameter.
         loss = losses_N.sum() / (scored.totals.tokens or 1.0) + 0.0 * logprobs_N.sum()
-        return loss, {"value_loss": losses_N.detach(), **value_metrics(scored)}
+        return loss, {"value_loss": loss.detach(), **value_metrics(scored)}

@@ -51,6 +51,7 @@ def build_learner(
     options = LearnerOptions(
         learning_rate=optimization.learning_rate,
         lr_scheduler_type=optimization.lr_scheduler_type,
+        lr_scheduler_kwargs=optimization.schedule_numbers,
         warmup_steps=math.ceil(optimization.warmup_ratio * total_steps),
         total_steps=total_steps,
         weight_decay=optimization.weight_decay,

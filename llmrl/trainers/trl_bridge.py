@@ -42,6 +42,7 @@ def training_arguments(
         "data_seed": optimization.seed,
         "learning_rate": optimization.learning_rate,
         "lr_scheduler_type": optimization.lr_scheduler_type,
+        "lr_scheduler_kwargs": optimization.schedule_numbers,
         "warmup_steps": optimization.warmup_ratio,
         "weight_decay": optimization.weight_decay,
         "adam_beta1": optimization.adam_beta1,

@@ -156,7 +156,8 @@ def test_a_weight_of_three_is_three_copies(draw: np.random.Generator, algorithm:
     by_weight, mine = gradients(build(critic, tokens_per_microbatch=60), weighed, goal)
     by_copies, true = gradients(build(critic), copied, goal)
     assert_same(mine, true)
-    assert by_weight["loss"] == pytest.approx(by_copies["loss"], rel=1e-5)
+    for name in ("loss", "policy_loss", *(["value_loss"] if critic else [])):
+        assert by_weight[name] == pytest.approx(by_copies[name], rel=1e-5, abs=1e-7), name
 
 
 def test_idle_sequences_left_out_change_nothing_where_the_denominators_are_kept(draw: np.random.Generator) -> None:
@@ -167,11 +168,12 @@ def test_idle_sequences_left_out_change_nothing_where_the_denominators_are_kept(
     teaching = [tuple(s for s in group if s.token_values["advantages"].any()) for group in mixed]
     teaching = [group for group in teaching if group]
     assert [len(group) for group in teaching] == [3, 3, 3, 3]
-    for algorithm in ("loop", "dr_grpo", "dapo_clip", "rloo"):
+    for algorithm in ("loop", "dr_grpo", "dapo_clip", "rloo", "cispo"):
         all_metrics, true = gradients(build(), mixed, objective(algorithm))
         metrics, mine = gradients(build(), teaching, objective(algorithm), totals(mixed))
         assert_same(mine, true)
         assert metrics["loss"] == pytest.approx(all_metrics["loss"], rel=1e-5)
+        assert metrics["policy_loss"] == pytest.approx(metrics["loss"], rel=1e-5)
         assert metrics["num_computed_tokens"] < all_metrics["num_computed_tokens"]
         if algorithm == "dapo_clip":  # and the counts do matter
             _, other = gradients(build(), teaching, objective(algorithm))
@@ -259,3 +261,33 @@ def test_updates_that_are_not_finite_are_left_out_and_counted_until_there_are_to
     assert [learner.update(groups, broken)["skipped_updates"] for _ in range(2)] == [1, 1]
     with pytest.raises(RunFailedError, match="not finite, 3 updates in a row"):
         learner.update(groups, broken)
+
+
+def test_a_loss_that_is_not_finite_is_not_learned_from_although_its_gradient_is(draw: np.random.Generator) -> None:
+    learner, infinite = build(most_skipped=1), Objective(lambda logprobs_N, scored: (logprobs_N.sum() + math.inf, {}))
+    before = [parameter.detach().clone() for parameter in learner.policy.parameters()]
+    metrics = learner.update(rollouts(draw), infinite)
+    assert (metrics["skipped_updates"], metrics["loss"]) == (1, math.inf)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
+    with pytest.raises(RunFailedError, match="loss inf, gradient norm nan: not finite, 2 updates in a row"):
+        learner.update(rollouts(draw), infinite)
+
+
+@pytest.mark.parametrize("weights", [None, (3.0, 1.0, 2.0)])
+@pytest.mark.parametrize("algorithm", ["cispo", "grpo", "pf_ppo"])
+def test_the_terms_that_are_reported_add_up_to_the_loss(
+    draw: np.random.Generator, algorithm: str, weights: tuple[float, ...] | None
+) -> None:
+    """With half the prompts left out as idle, with multiplicities, and over several micro-batches."""
+    groups = rollouts(draw)
+    if weights is not None:
+        groups = [tuple(replace(s, weight=w) for s, w in zip(group, weights, strict=True)) for group in groups]
+    settings = preset(algorithm).policy_gradient(40, 12, entropy_coef=0.2)
+    learner = build(settings.value_coef > 0, tokens_per_microbatch=60)
+    metrics = learner.update(groups[:2], settings.objective(), totals(groups))
+    coefficients = {
+        "policy_loss": 1.0, "kl_loss": settings.beta, "entropy_loss": 0.2, "value_loss": settings.value_coef,
+    }  # fmt: skip
+    terms = {name: coefficient * metrics[name] for name, coefficient in coefficients.items() if coefficient}
+    assert all(abs(term) > 1e-4 for term in terms.values())
+    assert metrics["loss"] == pytest.approx(sum(terms.values()), rel=1e-5)

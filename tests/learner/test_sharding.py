@@ -93,6 +93,9 @@ def test_two_processes_equal_one(tmp_path: Path, launcher: str, settings: dict[s
     for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "num_tokens"):
         assert spread["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-5, abs=1e-7), name
     assert spread["exact_resume"]
+    for skips in (alone["skips"], spread["skips"]):
+        assert (skips["skipped"], skips["kept"]) == ([1, 1, 0, 1, 1], True)
+        assert "not finite, 3 updates in a row" in skips["said"]
     assert spread["weights"].keys() == alone["weights"].keys()
     for name, weight in spread["weights"].items():
         assert weight.shape == alone["weights"][name].shape

@@ -130,7 +130,7 @@ def test_ppo_policy_term(advantages: list[float], loss: float, gradient: list[fl
     found, found_gradient, metrics = run(PolicyGradient(), [-0.8, -0.55, -2.3, -0.3], scored)
     near(found, loss)
     near(found_gradient, gradient)
-    near(metrics["policy_loss"].mean().item(), loss)
+    near(metrics["policy_loss"].item(), loss)
 
 
 def test_ppo_value_term() -> None:
@@ -150,9 +150,9 @@ def test_value_loss_beside_the_policy_and_alone() -> None:
     scored = scored_of([4], advantages=[0.0] * 4, returns=returns, old_values=old).with_scores(None, values)
     found, _, metrics = run(PolicyGradient(value_coef=0.1), [-1.0] * 4, scored)
     near(found, 0.1 * 0.13341753)
-    near(metrics["value_loss"].mean().item(), 0.13341753)
-    loss, _ = ValueRegression()(torch.full((4,), -1.0), scored)
-    near(loss.item(), 0.13341753)
+    near(metrics["value_loss"].item(), 0.13341753)
+    loss, alone = ValueRegression()(torch.full((4,), -1.0), scored)
+    near([loss.item(), alone["value_loss"].item()], [0.13341753] * 2)
     with pytest.raises(ValueError, match="value head"):
         run(PolicyGradient(value_coef=0.1), [-1.0] * 4, replace(scored, predicted_values_N=None))
 
@@ -160,10 +160,12 @@ def test_value_loss_beside_the_policy_and_alone() -> None:
 def test_rlsp_golden() -> None:
     scored = scored_of([3, 1], old_logprobs=[-0.5, -1, -0.2, -0.9], advantages=[0.5, 0.5, -0.4, 1.0])
     new = [-0.3, -1.3, -0.2, -0.4]
-    found, gradient, metrics = run(PolicyGradient(), new, scored)
+    found, gradient, _ = run(PolicyGradient(), new, scored)
     near(found, -0.44260228)
     near(gradient, [0, -0.09260228, 0.1, 0])
-    near((metrics["policy_loss"]).tolist(), [-0.6, -0.37040911, 0.4, -1.2])
+    old_N, advantages_N = scored.token_values_N["old_logprobs"], scored.token_values_N["advantages"]
+    ratio_N = (torch.tensor(new) - old_N).exp()
+    near(PolicyGradient().surrogate(torch.tensor(new), ratio_N, advantages_N).tolist(), [-0.6, -0.37040911, 0.4, -1.2])
     near(run(PolicyGradient(aggregation="sequence_mean_token_mean"), new, scored)[0], -0.69506819)
     for returned, loss, slope in ((0.3, 0.02, 0.2), (0.6, 0.045, 0.0)):
         value = torch.tensor([0.5], requires_grad=True)
@@ -214,8 +216,12 @@ LOG_RATIOS = [0.30, -0.10, 0.05]
 
 
 def token_losses(settings: PolicyGradient, advantage: float, new: list[float], old: list[float]) -> list[float]:
-    scored = scored_of([len(new)], old_logprobs=old, advantage=[advantage])
-    return run(settings, new, scored)[2]["policy_loss"].tolist()
+    """A token's loss is that of its sequence where it alone has an advantage, times the number of tokens."""
+    places = range(len(new))
+    alone = [[advantage * (place == other) for other in places] for place in places]
+    return [
+        run(settings, new, scored_of([len(new)], old_logprobs=old, advantages=only))[0] * len(new) for only in alone
+    ]
 
 
 def test_clipping_golden() -> None:
@@ -275,6 +281,24 @@ def test_kl_times_ratio_has_the_gradient_of_the_kl() -> None:
     scored = scored_of([1], advantage=[0.0], reference=[-0.8])
     settings = preset("grpo").policy_gradient(kl_by_ratio=True, beta=1.0)
     near(run(settings, [-1.0], scored)[1], [-0.2])
+
+
+def test_the_reported_terms_add_up_to_the_loss() -> None:
+    """Also where rows count several times, and where more rows belong to the step than are computed."""
+    scored = scored_of(
+        [2, 1], old_logprobs=[-1, -0.5, -2], advantages=[1.0, 1.0, -0.5], reference=[-1.2, -0.4, -1.5],
+        returns=[0.5, 1.0, 0.2], old_values=[0.4, 0.5, 0.3], entropies=[1.0, 0.5, 0.3],
+    )  # fmt: skip
+    scored = replace(scored, weights_S=torch.tensor([3.0, 1.0]), totals=Totals(20, 9, 4))
+    scored = scored.with_scores(scored.entropies_N, torch.tensor([0.1, 0.9, 0.6]))
+    for aggregation in ("token_mean", "sequence_mean_token_mean"):
+        settings = PolicyGradient(beta=0.3, entropy_coef=0.2, value_coef=0.5, aggregation=aggregation)
+        loss, _, metrics = run(settings, [-0.8, -0.9, -2.1], scored)
+        terms = [metrics[name].item() for name in ("policy_loss", "kl_loss", "entropy_loss", "value_loss")]
+        assert all(abs(term) > 1e-3 for term in terms)
+        near(loss, sum(weight * term for weight, term in zip((1, 0.3, 0.2, 0.5), terms, strict=True)))
+        assert all(metrics[name].ndim == 0 for name in metrics if name.endswith("_loss"))  # shares, which are added
+    near(terms[2], -(3 * 1.0 + 3 * 0.5 + 0.3) / 20)
 
 
 def test_entropy_bonus() -> None:

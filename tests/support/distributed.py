@@ -109,7 +109,7 @@ def run(settings: dict[str, Any]) -> None:
     straight = {name: tensor.clone() for name, tensor in learner.weights(bucket_bytes=4096)}
     learner.load(folder)
     learner.update(groups, DPO().objective())
-    resumed = dict(learner.weights(bucket_bytes=4096))
+    resumed = {name: tensor.clone() for name, tensor in learner.weights(bucket_bytes=4096)}
     exact = all(torch.equal(straight[name], resumed[name]) for name in straight)
     scored = learner.logprobs(groups)
     learner.export(out / "final")
