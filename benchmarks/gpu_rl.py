@@ -3,12 +3,14 @@
     python benchmarks/gpu_rl.py [--out FOLDER] [--small]
 
 The model has Qwen2.5-1.5B's shape and random weights in bfloat16 with a LoRA adapter; 16 prompts of 512 tokens, 8
-samples each of at most 256. Prints one JSON object a phase. `--small` tries the script on a CPU.
+samples each of at most 256. Prints one JSON object a step, with the seconds of its phases. `--small` tries it on
+a CPU.
 """
 
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,69 +57,90 @@ def groups_of(prompts: list[list[int]], found: list[list[Completion]]) -> list[R
     return groups
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--small", action="store_true")
-    args = parser.parse_args()
+@dataclass
+class Setting:
+    """What a step needs."""
 
-    def say(**facts: Any) -> None:
-        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in facts.items()})
-        print(line, flush=True)
-        if args.out:
-            with open(args.out / "gpu_rl.jsonl", "a", encoding="utf-8") as out:
-                out.write(line + "\n")
+    learner: Learner
+    engine: HuggingFaceEngine
+    prompts: list[list[int]]
+    longest: int
+    """Tokens of a sample."""
 
-    shape, device = (SMALL, "cpu") if args.small else (SHAPE, "cuda")
-    count, prompt_length, length = (4, 40, 12) if args.small else (16, 512, 256)
+
+class Phases:
+    """Seconds of the phases of a step, one after the other; a GPU has done its work when a phase ends."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._began = time.perf_counter()
+
+    def ended(self, phase: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase], self._began = now - self._began, now
+
+
+def setting(small: bool) -> Setting:
+    shape, device = (SMALL, "cpu") if small else (SHAPE, "cuda")
+    count, prompt_length, longest = (4, 40, 12) if small else (16, 512, 256)
     torch.manual_seed(0)
     with torch.device(device):
         base = Qwen2ForCausalLM(Qwen2Config(**shape, dtype=torch.bfloat16)).to(torch.bfloat16)
     lm = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     options = LearnerOptions(learning_rate=1e-5, tokens_per_microbatch=16_384, gradient_checkpointing=True)
-    accelerator = build_accelerator("no" if args.small else "bf16")
-    learner = Learner(lm, options, accelerator)
+    learner = Learner(lm, options, build_accelerator("no" if small else "bf16"))
     engine = HuggingFaceEngine(learner.causal_lm, Tokenizer(), max_rows=128, max_cache_tokens=131_072)  # type: ignore[arg-type]
     draw = np.random.default_rng(0)
     prompts = [draw.integers(1, shape["vocab_size"], prompt_length).tolist() for _ in range(count)]
-    algorithm = preset("grpo")
+    return Setting(learner, engine, prompts, longest)
+
+
+def step(given: Setting, number: int) -> dict[str, Any]:
+    """One step of GRPO without a reference, and what is worth telling of it."""
+    phases, algorithm = Phases(), preset("grpo")
+    with given.learner.accelerator.autocast():
+        found = given.engine.generate(given.prompts, SamplingParams(given.longest, n=8, seed=number))
+    phases.ended("rollout")
+    experience = Experience(groups_of(given.prompts, found))
+    experience.score(given.learner, old=True, reference=False, values=False)
+    phases.ended("score")
+    experience.assign_advantages(algorithm)
     objective = algorithm.policy_gradient(beta=0.0).objective()
+    metrics = experience.train(
+        given.learner, objective, epochs=1, rollouts_per_update=None, seed=number, skip_idle=True
+    )
+    phases.ended("update")
+    sampled = sum(len(c.token_ids) for samples in found for c in samples)
+    return {
+        "sampled_tokens": sampled,
+        "sampled_tokens_per_second": sampled / phases.seconds["rollout"],
+        "update_tokens_per_second": metrics["num_trained_tokens"] / phases.seconds["update"],
+        "computed_share": metrics["num_computed_tokens"] / metrics["num_trained_tokens"],
+        "logp_difference_mean": metrics["sampling/sampling_logp_difference/mean"],
+        "logp_difference_max": metrics["sampling/sampling_logp_difference/max"],
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+        **{f"{phase}_seconds": seconds for phase, seconds in phases.seconds.items()},
+    }
 
-    for number in range(1 if args.small else 3):
-        phases: dict[str, float] = {}
-        began = time.perf_counter()
 
-        def ended(phase: str, phases: dict[str, float] = phases) -> None:
-            nonlocal began
-            if device == "cuda":
-                torch.cuda.synchronize()
-            phases[phase] = time.perf_counter() - began
-            began = time.perf_counter()
-
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        with accelerator.autocast():
-            found = engine.generate(prompts, SamplingParams(length, n=8, seed=number))
-        ended("rollout")
-        experience = Experience(groups_of(prompts, found))
-        experience.score(learner, old=True, reference=False, values=False)
-        ended("score")
-        experience.assign_advantages(algorithm)
-        metrics = experience.train(learner, objective, epochs=1, rollouts_per_update=None, seed=number, skip_idle=True)
-        ended("update")
-        sampled = sum(len(c.token_ids) for samples in found for c in samples)
-        say(
-            step=number + 1,
-            device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            sampled_tokens=sampled,
-            sampled_tokens_per_second=sampled / phases["rollout"],
-            update_tokens_per_second=metrics["num_tokens"] / phases["update"],
-            computed_share=metrics["num_computed_tokens"] / metrics["num_tokens"],
-            logp_difference_mean=metrics["sampling/sampling_logp_difference/mean"],
-            logp_difference_max=metrics["sampling/sampling_logp_difference/max"],
-            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0,
-            **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
-        )
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--small", action="store_true")
+    arguments = parser.parse_args()
+    device = "cpu" if arguments.small else torch.cuda.get_device_name()
+    given = setting(arguments.small)
+    for number in range(1 if arguments.small else 3):
+        facts = {"step": number + 1, "device": device, **step(given, number)}
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in facts.items()})
+        print(line, flush=True)
+        if arguments.out:
+            with open(arguments.out / "gpu_rl.jsonl", "a", encoding="utf-8") as out:
+                out.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -517,6 +518,34 @@ def test_a_sync_in_the_middle_of_a_completion(folder: str, real: ServerProcess) 
     assert by_old[:switch].all()
     assert by_new[switch:].all()
     engine.sync(old.weights(), 2)
+    engine.close()
+
+
+@pytest.mark.slow
+def test_a_sleeping_server_samples_nothing_until_it_gets_weights(
+    folder: str, real: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own states and endpoints, which are the same on a CPU; only its memory stays where it is."""
+    with pytest.raises(RefusedError, match="cannot sleep: it runs without --enable-sleep-mode"):
+        VLLMServerEngine([real.url], folder, TOKENIZER, ServerOptions(sleep_mode=True))
+
+    def is_sleeping() -> bool:
+        return bool(httpx.get(f"{real.url}/is_sleeping", trust_env=False).json()["is_sleeping"])
+
+    engine = VLLMServerEngine([real.url], folder, TOKENIZER)
+    engine.sync(model().named_parameters(), 0)
+    before = engine.generate(PROMPTS, SAMPLING)
+    monkeypatch.setattr(engine, "options", replace(engine.options, sleep_mode=True))
+    engine.sleep()
+    assert is_sleeping()
+    engine.wake()
+    assert not is_sleeping()
+    assert engine.generate(PROMPTS, SAMPLING) == before
+    engine.sleep()
+    learner = build_learner(model(seed=1))
+    engine.sync(learner.weights(), 1)
+    assert not is_sleeping()
+    assert_same_logprobs(learner, engine.generate(PROMPTS, SAMPLING))
     engine.close()
 
 
