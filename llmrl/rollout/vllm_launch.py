@@ -21,7 +21,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 
@@ -57,7 +57,7 @@ class ServerProcess:
         handle, name = (None, str(log)) if log else tempfile.mkstemp(prefix=f"vllm-{self.port}-", suffix=".log")
         if handle is not None:
             os.close(handle)
-        self.log = Path(name)
+        self.log, self._log_is_temporary = Path(name), log is None
         environment = _environment(flavour, "--enable-lora" in extra)
         with self.log.open("w", encoding="utf-8") as out:
             self._process = subprocess.Popen(
@@ -99,8 +99,10 @@ class ServerProcess:
     def __enter__(self) -> "ServerProcess":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         self.stop()
+        if self._log_is_temporary and (kind is None or kind is SystemExit):  # else it may tell what went wrong
+            self.log.unlink(missing_ok=True)
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -160,7 +162,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(SIGNAL_OF_PARENTS_DEATH, signal.SIGTERM)
 
 
-def _run(arguments: argparse.Namespace, extra: Sequence[str]) -> int:
+def _run(arguments: argparse.Namespace, extra: Sequence[str]) -> NoReturn:
     if arguments.lora_rank:
         extra = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", str(arguments.lora_rank), *extra]
     if arguments.max_model_len:
@@ -170,8 +172,7 @@ def _run(arguments: argparse.Namespace, extra: Sequence[str]) -> int:
         server.wait_until_healthy(arguments.startup_seconds, lambda text: print(text, flush=True))
         print(f"ready: {server.url}", flush=True)
         code = server.wait()
-    print(f"the vLLM server ended by itself with exit code {code} (log: {server.log})", file=sys.stderr)
-    return 1
+        raise RunFailedError(f"the vLLM server ended by itself with exit code {code} (log: {server.log})")
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -195,14 +196,18 @@ def main() -> int:
     parser.add_argument("--lora_rank", type=int, default=0, help="take adapters of up to this rank (1, 8, 16, 32, ...)")
     parser.add_argument("--kv_cache_gib", type=float, default=1.0, help="for keys and values on a CPU (default: 1)")
     parser.add_argument("--startup_seconds", type=float, default=900.0, help="give up after this long (default: 900)")
-    parser.add_argument("--log", type=Path, help="file for what the server writes (default: a temporary one)")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        help="file for what the server writes (default: a temporary one, removed where all went well)",
+    )
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     arguments, extra = parser.parse_args(words[:cut]), words[cut + 1 :]
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
     try:
-        return _run(arguments, extra)
+        _run(arguments, extra)
     except LlmrlError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,11 +1,13 @@
 """Online recipes as users run them: whole runs, kills at any moment and phase, signals, two processes, engines."""
 
+import functools
 import json
 import random
 import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,15 +45,10 @@ def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """(method, a folder with a configuration and its run that nothing happened to)."""
-    return request.param, uninterrupted(request.param, tmp_path_factory.mktemp(request.param))
-
-
 @pytest.fixture(scope="module")
-def finished_loop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return uninterrupted("loop", tmp_path_factory.mktemp("loop"))
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of each method a folder with a configuration and its run that nothing happened to; made once."""
+    return functools.cache(lambda method: uninterrupted(method, tmp_path_factory.mktemp(method)))
 
 
 def uninterrupted(method: str, folder: Path) -> Path:
@@ -103,8 +100,11 @@ def test_a_whole_run_and_its_repetition_from_its_own_config(tmp_path: Path) -> N
 # -- interrupted and resumed -------------------------------------------------------------------------------------------
 
 
-def test_killed_at_a_random_moment_and_resumed_it_ends_as_if_nothing_had_been(finished: tuple[str, Path]) -> None:
-    method, folder = finished
+@pytest.mark.parametrize("method", SETTINGS)
+def test_killed_at_a_random_moment_and_resumed_it_ends_as_if_nothing_had_been(
+    finished: Callable[[str], Path], method: str
+) -> None:
+    folder = finished(method)
     run, arguments = beside(folder, "killed")
     process = begin(method, folder / "config.yaml", *arguments)
     wait_for(lambda: any((run / "checkpoints").glob("step_*")))
@@ -115,25 +115,30 @@ def test_killed_at_a_random_moment_and_resumed_it_ends_as_if_nothing_had_been(fi
     assert_same(run, folder / "run")
 
 
-MOMENTS: list[tuple[str, int, str | None]] = [
-    ("rollout", 12, None), ("rollout", 30, "step_2"), ("reward", 17, "step_2"), ("reward", 31, "step_4"),
-    ("update", 3, None), ("update", 24, "step_4"), ("sync", 4, "step_2"), ("sync", 7, "step_6"),
-    ("save", 2, "step_2"), ("save", 3, "step_4"), ("export", 1, "step_6"),
+MOMENTS: list[tuple[str, str, int, str | None]] = [
+    ("loop", "rollout", 12, None), ("loop", "rollout", 30, "step_2"), ("loop", "reward", 17, "step_2"),
+    ("loop", "reward", 31, "step_4"), ("loop", "update", 3, None), ("loop", "update", 24, "step_4"),
+    ("loop", "sync", 4, "step_2"), ("loop", "sync", 7, "step_6"), ("loop", "save", 2, "step_2"),
+    ("loop", "save", 3, "step_4"), ("loop", "export", 1, "step_6"),
+    ("ppo", "update", 20, "step_2"), ("ppo", "save", 3, "step_4"),  # the critic and its optimizer's state
+    ("rlsp", "reward", 35, "step_2"), ("rlsp", "update", 22, "step_4"),  # alpha goes on where it was
+    ("pf_ppo", "reward", 20, "step_2"), ("pf_ppo", "update", 17, "step_4"),  # the same draws
 ]  # fmt: skip
-"""Phase, which of its calls is the last, and the checkpoint that is there then."""
+"""Method, phase, which of its calls is the last, and the checkpoint that is there then."""
 
 
-@pytest.mark.parametrize(("phase", "number", "newest"), MOMENTS)
+@pytest.mark.parametrize(("method", "phase", "number", "newest"), MOMENTS)
 def test_killed_in_any_phase_and_resumed_it_ends_as_if_nothing_had_been(
-    finished_loop: Path, phase: str, number: int, newest: str | None
+    finished: Callable[[str], Path], method: str, phase: str, number: int, newest: str | None
 ) -> None:
-    run, arguments = beside(finished_loop, f"killed in {phase}")
-    config = finished_loop / "config.yaml"
-    assert ended(begin("loop", config, *arguments, dies=(phase, number))) == -signal.SIGKILL
+    folder = finished(method)
+    run, arguments = beside(folder, f"killed in {phase}")
+    config = folder / "config.yaml"
+    assert ended(begin(method, config, *arguments, dies=(phase, number))) == -signal.SIGKILL
     found = checkpoints.latest(run)
     assert (found and found.name) == newest
-    assert run_online("loop", config, *arguments, *RESUME) == 0
-    assert_same(run, finished_loop / "run")
+    assert run_online(method, config, *arguments, *RESUME) == 0
+    assert_same(run, folder / "run")
 
 
 SLEEPY = (
@@ -302,7 +307,7 @@ def test_with_vllm_in_the_process_the_reward_rises_and_the_sampler_is_never_stal
 
 
 @needs_vllm
-def test_rollouts_one_step_ahead_survive_a_failure_and_are_never_older(
+def test_rollouts_one_step_ahead_survive_a_failure_and_a_kill_and_are_never_older(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = wide_config(tmp_path, engine={"kind": "vllm"}, max_staleness=1, max_steps=5, save_steps=1, eval_steps=2)
@@ -323,6 +328,12 @@ def test_rollouts_one_step_ahead_survive_a_failure_and_are_never_older(
     assert run_online("loop", config, *arguments, *RESUME) == 0
     assert (broken / "rollouts" / "step_4.jsonl").read_text() == sampled
     assert_same(broken, tmp_path / "run")
+
+    killed, arguments = beside(tmp_path, "killed")
+    assert ended(begin("loop", config, *arguments, dies=("update", 5)), 300) == -signal.SIGKILL
+    assert checkpoints.latest(killed) == killed / "checkpoints" / "step_2"  # two updates a step
+    assert run_online("loop", config, *arguments, *RESUME) == 0
+    assert_same(killed, tmp_path / "run")
 
 
 def _raises_in_call(function: Any, number: int) -> Any:
