@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import SchedulerType
-from llmrl.objectives.presets import preset
-from llmrl.trainers import online_config
+from llmrl.trainers import online_command
 from llmrl.trainers.online_config import OnlineConfig
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class LOOPConfig(OnlineConfig):
 
     @model_validator(mode="after")
     def _group_of_one(self) -> Self:
-        if self.samples_per_prompt < 2 and preset(self.algorithm).advantage != "reward_to_go":
+        if self.samples_per_prompt < 2 and self.published.advantage != "reward_to_go":
             raise ValueError(
                 f"samples_per_prompt {self.samples_per_prompt}: {self.algorithm} judges the rollouts of a prompt "
                 "against one another and needs at least 2"
@@ -57,7 +56,7 @@ class LOOPConfig(OnlineConfig):
 
 
 Config = LOOPConfig
-describe, check = online_config.describe, online_config.check
+describe, check = online_command.describe, online_command.check
 
 
 def train(config: LOOPConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:

@@ -125,8 +125,8 @@ class OnlineRun:
     # -- learning ------------------------------------------------------------------------------------------------
 
     def experience(self, collected: Collected) -> Experience:
-        """The rollouts as the learner takes them; with what it says of them, where advantages are made of that: a critic's
-        values, KL in the reward."""
+        """The rollouts as the learner takes them; with what it says of them, where advantages are made of that: values
+        of a critic, KL in the reward."""
         experience = Experience(collected.groups)
         if self.algorithm.needs_critic or self.algorithm.kl == "reward":
             self._score(experience)

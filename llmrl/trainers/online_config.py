@@ -1,15 +1,13 @@
-"""What every online method is configured with, and the arithmetic of its batches. Loads without torch."""
+"""What every online method is configured with, and how keys become an algorithm. Loads without torch."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from llmrl.config import Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
 from llmrl.config.online import OnlineKeys, PolicyGradientKeys
-from llmrl.errors import RefusedError
 from llmrl.objectives.presets import Place, Preset, preset
 from llmrl.objectives.settings import LossSettings
 from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
@@ -108,6 +106,14 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
         }
 
     @model_validator(mode="after")
+    def _own_random_numbers(self) -> Self:
+        if self.max_staleness and self.engine.kind == "vllm" and self.use_peft and self.lora_dropout:
+            raise ValueError(
+                "max_staleness 1 with engine.kind vllm shares random numbers with lora_dropout; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_algorithm(self) -> Self:
         algorithm = self.resolve()
         if algorithm.dynamic_sampling and self.samples_per_prompt < 2:
@@ -121,95 +127,3 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
 def _present(values: dict[str, Any]) -> dict[str, Any]:
     """Without those that are null, which are the algorithm's own."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def check(config: OnlineConfig) -> list[str]:
-    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.online import check_online
-
-    return check_online(config)
-
-
-def describe(config: OnlineConfig, world_size: int) -> dict[str, str | int | float]:
-    """The derived batch arithmetic and the algorithm in force, from the configuration alone."""
-    if config.prompts_per_step < world_size:
-        raise RefusedError(
-            f"prompts_per_step {config.prompts_per_step} over {world_size} processes leaves some without a prompt; "
-            f"set it to at least {world_size}"
-        )
-    rollouts = config.prompts_per_step * config.samples_per_prompt
-    trained = config.prompts_per_step * config.trained_per_prompt
-    algorithm = config.resolve()
-    size = algorithm.rollouts_in_update(trained)
-    updates = math.ceil(trained / size)
-    about = "about " if config.minibatches == "prompts" else ""
-    steps = (
-        str(config.max_steps)
-        if config.max_steps > 0
-        else f"{config.num_train_epochs:g} x prompts / {config.prompts_per_step}, rounded up"
-    )
-    return {
-        "processes": world_size,
-        "steps": f"{steps}, each of a rollout phase and up to {algorithm.epochs * updates} optimizer steps",
-        "prompts per step": f"{config.prompts_per_step}, about {config.prompts_per_step / world_size:g} a process",
-        "rollouts per step": f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples = {rollouts}",
-        "optimizer steps per step": f"{algorithm.epochs} epochs x {updates} updates of {about}{size} rollouts",
-        "sampled tokens per step": f"at most {rollouts * config.rollout.max_turns * config.max_completion_length:,}",
-        "micro-batches": f"of {config.tokens_per_microbatch} tokens; they never change the gradient",
-        **dict(_in_words(config, algorithm, algorithm.epochs * updates)),
-    }
-
-
-RATIOS = {"none": "no ratio", "geometric": "geometric mean of a sequence's ratios"}
-
-
-def _in_words(config: OnlineConfig, algorithm: Preset, num_updates: int) -> Iterator[tuple[str, str]]:
-    """The algorithm, line by line: how far it is the published one, advantages, loss, KL, the sampler's correction.
-    `num_updates`: optimizer steps on the same rollouts."""
-    loss = LossSettings(**algorithm.loss)
-    own = ", ".join(_differences(config, algorithm))
-    yield "algorithm", f"{config.algorithm_name}, {f'but for {own}' if own else 'as published'}"
-    advantage: str = algorithm.advantage
-    if algorithm.needs_critic:
-        advantage += f", gamma {algorithm.gamma:g}, lambda {algorithm.lam:g}"
-        advantage += f", {algorithm.critic_warmup} steps for the critic alone" if algorithm.critic_warmup else ""
-    if algorithm.whitening != "none":
-        advantage += f", whitened ({algorithm.whitening} variance)"
-    if algorithm.dynamic_sampling:
-        advantage += "; prompts of equal rewards are replaced"
-    if algorithm.overlong_buffer:
-        advantage += f"; length is punished in the last {algorithm.overlong_buffer:.0%} before its limit"
-    yield "advantages", advantage
-    low, high = loss.band
-    ratio = RATIOS.get(loss.ratio, f"ratio of a {loss.ratio}")
-    clipping = "not clipped" if loss.clip == "none" else f"clipped ({loss.clip}) to [{low:.6g}, {high:.6g}]"
-    if loss.clip != "none" and num_updates == 1:
-        clipping += ", which one update a step never reaches"
-    divisor = f", divided by {loss.sequences_divisor:g} rollouts" if loss.sequences_divisor else ""
-    terms = f"; entropy x {loss.entropy_coef:g}" if loss.entropy_coef else ""
-    terms += f"; values x {loss.value_coef:g}" if algorithm.needs_critic else ""
-    yield "loss", f"{ratio}, {clipping}; {loss.aggregation}{divisor}{terms}"
-    estimator = "k1" if algorithm.kl == "reward" else loss.kl
-    pull = f"{estimator} in the {algorithm.kl}, beta {algorithm.beta:g}" if algorithm.needs_reference else "none"
-    yield "KL to the reference", pull
-    weights = f"{loss.correction}, a {loss.correction_level}, up to {loss.correction_cap:g}"
-    yield "sampler's correction", "none" if loss.correction == "none" else weights
-
-
-def _differences(config: OnlineConfig, algorithm: Preset) -> list[str]:
-    """What is not as published, each with its published value."""
-    published = config.published
-    names = [field.name for field in fields(Preset) if field.name != "loss"]
-    pairs = [(name, getattr(algorithm, name), getattr(published, name)) for name in names]
-    theirs = asdict(config.settings_of(published))
-    derived = ["beta", "sequences_divisor", "length_divisor"]
-    if algorithm.loss["correction"] == "none":
-        derived += ["correction_level", "correction_cap"]
-    pairs += [(name, own, theirs[name]) for name, own in algorithm.loss.items() if name not in derived]
-    for name in ("minibatches", "mask_truncated_completions"):
-        pairs.append((name, getattr(config, name), type(config).model_fields[name].default))
-    pairs.append(("minibatches", config.minibatches, "rollouts"))
-    pairs.append(("mask_truncated_completions", config.mask_truncated_completions, False))
-    said = [f"{name} {own} (published: {its})" for name, own, its in pairs if own != its]
-    by_updates = f"(published: {published.updates} updates an epoch)"
-    return [line.replace("(published: None)", by_updates) if "rollouts_per_update" in line else line for line in said]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import SchedulerType
-from llmrl.trainers import online_config
+from llmrl.trainers import online_command
 from llmrl.trainers.ppo import CriticConfig
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ class PFPPOConfig(CriticConfig):
 
 
 Config = PFPPOConfig
-check = online_config.check
+check = online_command.check
 
 
 def describe(config: PFPPOConfig, world_size: int) -> dict[str, str | int | float]:
     """The derived batch arithmetic and the algorithm in force, from the configuration alone."""
     kept = f"{config.filtration}: {config.trained_per_prompt} of {config.samples_per_prompt} rollouts of a prompt"
-    return {**online_config.describe(config, world_size), "trained on": kept}
+    return {**online_command.describe(config, world_size), "trained on": kept}
 
 
 def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:

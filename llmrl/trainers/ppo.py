@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.trainers import online_config
+from llmrl.trainers import online_command
 from llmrl.trainers.online_config import OnlineConfig
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class PPOConfig(CriticConfig):
 
 
 Config = PPOConfig
-describe, check = online_config.describe, online_config.check
+describe, check = online_command.describe, online_command.check
 
 
 def train(config: PPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from llmrl.config.keys import SchedulerType
 from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
-from llmrl.trainers import online_config
+from llmrl.trainers import online_command
 from llmrl.trainers.ppo import CriticConfig
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class RLSPConfig(CriticConfig):
 
 
 Config = RLSPConfig
-describe, check = online_config.describe, online_config.check
+describe, check = online_command.describe, online_command.check
 
 
 def train(config: RLSPConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:

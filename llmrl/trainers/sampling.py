@@ -56,10 +56,6 @@ class Sampler:
             raise RefusedError(
                 "max_staleness 1 with dynamic sampling needs the ranks to agree while they train; use max_staleness 0"
             )
-        if config.max_staleness and config.engine.kind == "vllm" and config.use_peft and config.lora_dropout:
-            raise RefusedError(
-                "max_staleness 1 with engine.kind vllm shares random numbers with lora_dropout; set it to 0"
-            )
         self.config, self.algorithm, self.task, self.learner, self.run = config, algorithm, task, learner, run
         self.meeting, self._closing = Meeting(learner.accelerator), False
         self.engine = self._built()

@@ -58,6 +58,8 @@ def test_the_dry_run_says_what_is_in_force() -> None:
     assert described("grpo")["KL to the reference"] == "k3 in the loss, beta 0.04"
     assert "which one update a step never reaches" in described("grpo")["loss"]
     assert "never reaches" not in own["loss"]
+    same = described("rlsp", rollouts_per_update=32)  # of 128: four updates, as published
+    assert same["algorithm"] == "rlsp, as published"
     critic = described("ppo", lam=1, value_coef=0.5, entropy_coef=0.01, engine={"kind": "vllm"})
     assert critic["advantages"] == "gae, gamma 1, lambda 1, whitened (unbiased variance)"
     assert critic["loss"].endswith("token_mean; entropy x 0.01; values x 0.5")
