@@ -1,6 +1,7 @@
 """What of a step's rollouts is scored and trained on, and what is said of it."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 from support.models import make_tiny_model
-from support.online_run import run_online, write_online_config
+from support.online_run import METHODS, run_online, write_online_config
 from support.recipe_run import metrics
 
 from llmrl.learner.learner import Learner, LearnerOptions
@@ -157,6 +159,55 @@ def test_whole_prompts_are_computed_once_an_epoch(tmp_path: Path) -> None:
         computed[kind] = line["num_computed_tokens"], line["num_trained_tokens"]
     assert computed["prompts"][0] < computed["rollouts"][0]
     assert computed["prompts"][1] == computed["rollouts"][1]
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "last"),
+    [
+        ("rlsp", {}, 0.1),  # cosine to a tenth
+        ("rlsp", {"lr_scheduler_kwargs": {"min_lr_rate": 0.5}}, 0.5),
+        ("pf_ppo", {}, 0.0),  # cosine
+        ("ppo", {}, 0.0),  # linear
+        ("loop", {}, 1.0),  # constant
+    ],
+)
+def test_published_schedules_are_the_defaults(method: str, settings: dict[str, Any], last: float) -> None:
+    config = METHODS[method].Config(
+        model_name_or_path="starter", output_dir="x", dataset_name="x", rewards=["correct_number"], **settings
+    )
+    warmup = 3 if method in ("rlsp", "pf_ppo") else 0
+    options = LearnerOptions(
+        learning_rate=1.0,
+        lr_scheduler_type=config.lr_scheduler_type,
+        lr_scheduler_kwargs=config.schedule_numbers,
+        warmup_steps=math.ceil(config.warmup_ratio * 100),
+        total_steps=100,
+    )
+    learner = Learner(make_tiny_model(), options, Accelerator(cpu=True), lambda text: None)
+    rates = []
+    for _ in range(101):
+        rates.append(learner.learning_rate)
+        learner.optimizer.step()  # without a gradient: nothing moves
+        learner.advance_schedule()
+    assert rates.index(1.0) == warmup
+    assert rates[-1] == pytest.approx(last, abs=1e-9)
+    middle = 3 + 97 // 2
+    if method == "rlsp":
+        cosine = 0.5 * (1 + math.cos(math.pi * (middle - 3) / 97))
+        assert rates[middle] == pytest.approx(last + (1 - last) * cosine)
+
+
+def test_numbers_that_a_schedule_does_not_take_are_refused() -> None:
+    keys = {"model_name_or_path": "starter", "output_dir": "x", "dataset_name": "x", "rewards": ["correct_number"]}
+    with pytest.raises(
+        ValidationError, match="names `min_lr`, which lr_scheduler_type linear does not take; it takes none"
+    ):
+        METHODS["ppo"].Config(**keys, lr_scheduler_kwargs={"min_lr": 0.1})
+    with pytest.raises(ValidationError, match="it takes lr_end, power"):
+        METHODS["ppo"].Config(**keys, lr_scheduler_type="polynomial", lr_scheduler_kwargs={"min_lr_rate": 0.1})
 
 
 # -- PF-PPO: how well the reward predicts the actual score -------------------------------------------------------------
