@@ -128,6 +128,15 @@ class Renderer:
             f"{pieces}. Remedy: name a token, or let max_completion_length end the turn"
         )
 
+    def beside_stop_tokens(self) -> dict[str, list[str]]:
+        """For each stop token's text the longer tokens that hold it, too, and do not stop."""
+        if not self.stop_token_ids:
+            return {}
+        every = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        texts = [self.decode([i]) for i in self.stop_token_ids]
+        found = {text: [other for other in every if text in other and text != other] for text in texts}
+        return {text: others for text, others in found.items() if others}
+
     def plain_ids(self, text: str) -> list[int]:
         """Token ids of a text prompt for a model without turns: with what the tokenizer puts in front (often BOS)."""
         bare, dressed = self.ids(text), list(self.tokenizer(text, verbose=False)["input_ids"])

@@ -62,6 +62,9 @@ class OnlineTask:
             history=config.history,
             stop_tokens=config.stop_tokens,
         )
+        for text, others in self.renderer.beside_stop_tokens().items():
+            few = ", ".join(map(repr, sorted(others, key=len)[:5]))
+            say(f"stop_tokens: {text!r} stops where it is a token of its own, not within {len(others)} others ({few})")
         self.data = self._data(say, dataset)
         judged_by = config.reward_keys()
         self.scorer = Scorer(judged_by, say) if judged_by.rewards else None

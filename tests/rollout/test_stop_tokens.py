@@ -33,6 +33,12 @@ def test_what_is_not_one_token_is_refused_with_its_pieces(text: str, pieces: str
         Renderer(WORDS, stop_tokens=["dog", text])
 
 
+def test_longer_tokens_that_hold_a_stop_token_are_known() -> None:
+    """The starter says " + " in one token, so that "+" would never stop it."""
+    beside = renderer("starter", stop_tokens=["+", FAMILIES["starter"].end]).beside_stop_tokens()
+    assert {text: sorted(others) for text, others in beside.items()} == {"+": [" + ", "+ "]}
+
+
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_familys_end_token_and_a_sign_are_one_token(name: str) -> None:
     """SentencePiece puts a blank before a text that stands alone."""

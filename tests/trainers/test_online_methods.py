@@ -186,6 +186,7 @@ def test_a_stop_token_ends_answers_and_one_that_is_none_is_refused(
         assert "stop_tokens: 'red blue' is not one token" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
         return
+    assert "stop_tokens: 'red' stops where it is a token of its own" not in capsys.readouterr().out
     said = [record["messages"][0]["content"].split() for record in sampled(tmp_path / "run")]
     assert any(words and words[-1] == "red" for words in said)
     assert not any("red" in words[:-1] for words in said)
