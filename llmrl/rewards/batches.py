@@ -30,8 +30,8 @@ class _Call:
 class Batches:
     """Scores rows of prompts and completions.
 
-    `tokenize` makes token ids of them (None: no score), `score` a number of each list of ids. Up to `rows` rows of
-    different calls are scored together; the first of them waits `wait_seconds` for others. 0: calls stay apart.
+    `tokenize` makes token ids of them (None: no score), `score` a number of each list of ids. What waits is scored
+    together as soon as it is `rows` rows, or when the first of them has waited `wait_seconds`. 0: calls stay apart.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Batches:
         return await asyncio.wrap_future(call.result)
 
     def _work(self) -> None:
-        """The calls that wait, as many as fit into a batch; there are none where an earlier one took them along."""
+        """The calls that wait; there are none where an earlier one took them along."""
         readable = []
         for call in self._taken():
             try:
@@ -68,18 +68,13 @@ class Batches:
             self._settle(readable)
 
     def _taken(self) -> list[_Call]:
-        taken: list[_Call] = []
         with self._came:
             until = time.monotonic() + self._wait_seconds
             while self._waiting and self._num_rows() < self._rows and (left := until - time.monotonic()) > 0:
                 self._came.wait(left)
-            while self._waiting and (not taken or self._fits(taken)):
-                taken.append(self._waiting.pop(0))
+            taken = self._waiting[:] if self._wait_seconds else self._waiting[:1]
+            del self._waiting[: len(taken)]
         return [call for call in taken if call.result.set_running_or_notify_cancel()]
-
-    def _fits(self, taken: list[_Call]) -> bool:
-        count = sum(len(call.prompts) for call in (*taken, self._waiting[0]))
-        return self._wait_seconds > 0 and count <= self._rows
 
     def _num_rows(self) -> int:
         return sum(len(call.prompts) for call in self._waiting)
