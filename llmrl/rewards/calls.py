@@ -33,7 +33,6 @@ class Tally:
     `abandoned`: threads left behind, which cannot be ended."""
 
     calls: int = 0
-    completions: int = 0
     no_score: int = 0
     invalid: int = 0
     failures: int = 0
@@ -72,7 +71,6 @@ class Caller:
             self._mention(invalid, count)
         tally = self.tally
         tally.calls += 1
-        tally.completions += count
         tally.no_score += scores.count(None)
         tally.invalid += len(invalid)
         tally.seconds += time.monotonic() - begun

@@ -1,6 +1,5 @@
 """What stands between a method's objective and its loop: rewards as published, warm-ups, filters, reasons to stop."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from support.models import make_tiny_model
 from support.online_run import METHODS, evals, run_online, write_online_config
 from support.recipe_run import final_weights, metrics
@@ -17,9 +15,7 @@ from llmrl.evaluation.intervals import wilson_interval
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.sequences import TokenSequence
 from llmrl.objectives.value import ValueRegression
-from llmrl.rewards.scoring import Scorer
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
-from llmrl.trainers.rlsp import RLSPConfig
 from llmrl.trainers.rollout_metrics import heldout_metrics
 
 
@@ -27,52 +23,6 @@ from llmrl.trainers.rollout_metrics import heldout_metrics
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes longer than a short run's training."""
     monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
-
-
-def rlsp(**settings: Any) -> RLSPConfig:
-    return RLSPConfig(model_name_or_path="starter", output_dir="unused", dataset_name="unused", **settings)
-
-
-def total(config: RLSPConfig, text: str, tokens: int) -> float:
-    scorer = Scorer(config.reward_keys(), lambda said: None)
-    try:
-        said = [[{"role": "assistant", "content": text}]]
-        found = asyncio.run(scorer.score([[]], said, [list(range(tokens))], {"answer": ["10"]}))
-    finally:
-        scorer.close()
-    assert found.totals_S[0] is not None
-    return found.totals_S[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "tokens", "paper", "code"),
-    [
-        (r"\boxed{10}" + " " * 4, 500, 0.8 - 0.2 * 1000 / 500, None),  # T1: V 1, n 500
-        ("x" * 400 + r"\boxed{9}", 4000, -0.2 * 1000 / 4000, 0 - 1000 / 100),
-        (
-            "x" * 380 + "the answer is 10",
-            4096,
-            0.8 - 0.2 * 1000 / 4096,
-            -0.5 - 1000 / 99,
-        ),  # no box: -0.5, although right
-        ("x" * 400 + r"\boxed{10}", 4000, 0.8 - 0.2 * 1000 / 4000, 1 - 1000 / 100),
-    ],
-)
-def test_rlsp_builds_the_rewards_of_paper_and_code(text: str, tokens: int, paper: float, code: float | None) -> None:
-    """rlsp.md section 3: alpha V + (1 - alpha)(-C/n) in the paper; V (-0.5 without a box) - C/n', n' characters / 4."""
-    assert total(rlsp(verifier="correct_number"), text, tokens) == pytest.approx(paper)
-    if code is not None:
-        assert total(rlsp(verifier="correct_number", form_of_reward="code"), text, tokens) == pytest.approx(code)
-
-
-def test_rlsp_alpha_counts_in_a_runs_own_config_and_is_refused_beside_other_rewards(tmp_path: Path) -> None:
-    stored = rlsp(alpha=0.8).model_dump(exclude_unset=False)
-    again = RLSPConfig(**{**stored, "alpha": 0.5})
-    assert [entry.weight for entry in again.reward_keys().rewards] == [0.5, 0.5]
-    with pytest.raises(ValidationError, match="alpha would be ignored"):
-        rlsp(alpha=0.5, rewards=["correct_number"])
-    with pytest.raises(ValidationError, match="exact_match"):
-        rlsp(form_of_reward="code", verifier="exact_match")
 
 
 EQUAL = "def equal(completions, **columns):\n    return [0.0] * len(completions)\n"

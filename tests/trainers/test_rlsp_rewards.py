@@ -99,6 +99,7 @@ def test_in_the_codes_form_an_answer_without_a_box_is_none(verifier: str, answer
     """The length term is taken away: C / n with C = 1e-9."""
     config = rlsp(verifier=verifier, form_of_reward="code", length_constant=1e-9)
     assert total(config, answer) == pytest.approx(reward, abs=1e-6)
+    assert total(rlsp(verifier=verifier, length_constant=1e-9), "the answer is 10") == pytest.approx(0.8, abs=1e-6)
 
 
 @pytest.mark.parametrize(
