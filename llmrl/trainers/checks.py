@@ -30,8 +30,11 @@ def model_sizes(config: ModelKeys) -> Sizes:
     )
 
 
-def fits(model: ModelKeys, optimization: OptimizationKeys, run: RunKeys) -> list[str]:
-    """Lines about memory and disk. Raises RefusedError where the disk cannot hold what the run will write."""
+def fits(model: ModelKeys, optimization: OptimizationKeys, run: RunKeys, for_servers: str = "nothing") -> list[str]:
+    """Lines about memory and disk. Raises RefusedError where the disk cannot hold what the run will write.
+
+    for_servers: what else lies in output_dir, in two copies: nothing, the adapter, or the weights.
+    """
     sizes = model_sizes(model)
     dtype, _ = precision(model, optimization.mixed_precision, lambda text: None)
     width = dtype.itemsize
@@ -44,13 +47,16 @@ def fits(model: ModelKeys, optimization: OptimizationKeys, run: RunKeys) -> list
         kept = run.save_total_limit + 1  # a new one is written before an old one goes
     else:
         kept = math.ceil(max(optimization.max_steps, 1) / run.save_steps) if run.save_steps else 1
-    needed = checkpoint * kept + export
+    handed_over = {"nothing": 0, "adapter": 2 * export, "weights": 2 * sizes.parameters * width}[for_servers]
+    needed = checkpoint * kept + export + handed_over
     free = shutil.disk_usage(_existing(Path(run.output_dir))).free
+    servers = f", {handed_over / GIB:.2f} GiB of them for servers," if handed_over else ""
     lines = [
         f"model: {sizes.parameters / 1e6:,.1f} M parameters, {sizes.trained / 1e6:,.1f} M trained",
         f"memory of one process, without sharding: weights {weights / GIB:.2f} GiB, gradients and optimizer "
         f"{optimizer / GIB:.2f} GiB, beside activations of {optimization.tokens_per_microbatch} tokens",
-        f"disk: {needed / GIB:.2f} GiB for {kept} checkpoints and the trained model; {free / GIB:.1f} GiB are free",
+        f"disk: {needed / GIB:.2f} GiB{servers} for {kept} checkpoints and the trained model; {free / GIB:.1f} GiB are "
+        "free",
     ]
     if needed > free:
         raise RefusedError(

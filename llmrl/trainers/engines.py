@@ -120,10 +120,21 @@ def _weights_folder(config: OnlineConfig) -> Path:
 
 def adapter_alone(config: OnlineConfig, learner: Learner) -> PeftConfig | None:
     """The adapter's configuration, where it goes to the engine on its own; None where whole weights go."""
-    if not isinstance(learner.causal_lm, PeftModel):
+    if not isinstance(learner.causal_lm, PeftModel) or merges_adapter(config.engine):
         return None
-    merged = config.engine.lora == "merged" or (config.engine.lora == "auto" and not torch.cuda.is_available())
-    return None if merged else learner.causal_lm.peft_config[learner.causal_lm.active_adapter]
+    return learner.causal_lm.peft_config[learner.causal_lm.active_adapter]
+
+
+def merges_adapter(keys: EngineKeys) -> bool:
+    """Whether an adapter reaches a vLLM engine within the weights."""
+    return keys.lora == "merged" or (keys.lora == "auto" and not torch.cuda.is_available())
+
+
+def left_for_servers(config: OnlineConfig) -> str:
+    """What lies in output_dir for vLLM servers: nothing, adapter, or weights."""
+    if config.engine.kind != "vllm_server" or config.engine.weights_dir is not None:
+        return "nothing"
+    return "adapter" if config.use_peft and not merges_adapter(config.engine) else "weights"
 
 
 def synchronise(engine: Engine | None, learner: Learner, adapter: PeftConfig | None, version: int) -> None:

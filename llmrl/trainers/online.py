@@ -15,7 +15,7 @@ from llmrl.rollout.protocol import row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, mean_reward
 from llmrl.runs import Run
 from llmrl.trainers import checks
-from llmrl.trainers.engines import check_engine, raise_together
+from llmrl.trainers.engines import check_engine, left_for_servers, raise_together
 from llmrl.trainers.experience import Experience
 from llmrl.trainers.online_config import OnlineConfig
 from llmrl.trainers.online_task import OnlineTask
@@ -257,4 +257,4 @@ def check_online(config: OnlineConfig) -> list[str]:
     task_problems(config.task_evaluation, config, task.tokenizer, said.append)
     steps = config.num_steps(len(task.data.train))
     said.append(f"{len(task.data.train)} prompts to train on, {len(task.data.heldout)} held out; {steps} steps")
-    return said + checks.fits(config, config, config)
+    return said + checks.fits(config, config, config, left_for_servers(config))

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.online_run import REWARD, run_online, write_online_config
 from support.recipe_run import metrics
 
 import llmrl.runs.report
 from llmrl.learner.sharding import PlainBackend
 from llmrl.runs import checkpoints
+from llmrl.trainers import checks, loop
+from llmrl.trainers.engines import left_for_servers
 
 Said = pytest.CaptureFixture[str]
 
@@ -430,3 +433,37 @@ def test_a_row_that_is_no_prompt_is_refused_with_its_number(tmp_path: Path, caps
     rows[4]["prompt"] = None
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused(capsys, tmp_path, "prompts.jsonl", "row 5", "prompt", eval_rows=0)
+
+
+# -- disk --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_disk_is_asked_to_hold_the_weights_that_servers_are_given(tmp_path: Path) -> None:
+    """Two copies, in output_dir unless another folder is named; a merged adapter makes whole weights."""
+    servers = {"kind": "vllm_server", "lora": "merged"}
+
+    def left(**settings: Any) -> str:
+        return left_for_servers(
+            loop.LOOPConfig(**yaml.safe_load(write_online_config(tmp_path, **settings).read_text()))
+        )
+
+    assert left() == "nothing"
+    assert left(engine={**servers, "weights_dir": str(tmp_path)}) == "nothing"
+    assert left(engine=servers) == left(engine=servers, use_peft=True) == "weights"
+    assert left(engine={**servers, "lora": "adapter"}, use_peft=True) == "adapter"
+    config = loop.LOOPConfig(**yaml.safe_load(write_online_config(tmp_path, save_steps=1).read_text()))
+    said = [checks.fits(config, config, config, what)[-1] for what in ("nothing", "weights")]
+    assert "for servers" not in said[0]
+    assert "GiB of them for servers" in said[1]
+
+
+def test_what_a_killed_run_has_left_for_servers_goes_when_it_is_resumed(tmp_path: Path, capsys: Said) -> None:
+    leftover = tmp_path / "run" / "weights" / "llmrl-weights-x" / "model.safetensors"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    engine = {"kind": "vllm_server", "urls": [url], "patience_seconds": 0.1}
+    ended(capsys, write_online_config(tmp_path, engine=engine), code=1)
+    assert not (tmp_path / "run" / "weights").exists()
