@@ -25,7 +25,7 @@ class EngineKeys(Keys):
     """Let `urls` name other machines: their control endpoints are open to whoever reaches them."""
     weights_dir: Annotated[str | None, Housekeeping()] = None
     """Folder through which vllm_server's servers get new weights; they must find it under the same path. It is made
-    where it is not there, and holds up to two copies of them. null = `weights` in output_dir, gone with the run's end."""
+    where it is not there, and holds up to two copies of them. null = `weights` in output_dir, gone at its end."""
     patience_seconds: Annotated[float, Field(gt=0), Housekeeping()] = 300.0
     """How long a server that does not answer is tried again before the run stops with a checkpoint."""
     request_seconds: Annotated[float, Field(gt=0), Housekeeping()] = 600.0
