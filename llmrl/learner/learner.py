@@ -229,7 +229,7 @@ class Learner:
                         loss = self._dummy_loss(makes_reference)
                     self.backend.backward(loss, is_last)
         learning_rate = self.learning_rate
-        with nullcontext() if language else only_value_head(self.policy, self.optimizer):
+        with nullcontext() if language else only_value_head(self.optimizer):
             grad_norm = self.backend.apply()
         metrics = self._means(sums)
         applied = self._applied(metrics["loss"], grad_norm)

@@ -12,6 +12,9 @@ from llmrl.learner.policy import Policy
 if TYPE_CHECKING:
     from llmrl.learner.learner import LearnerOptions
 
+LANGUAGE, VALUE_HEAD = "language model", "value head"
+"""The part of a parameter group: by name, for ZeRO puts flat tensors of its own in the parameters' place."""
+
 
 def adamw(policy: Policy, options: "LearnerOptions") -> torch.optim.AdamW:
     """Of what can be trained. Raises RefusedError where that is nothing."""
@@ -25,10 +28,9 @@ def adamw(policy: Policy, options: "LearnerOptions") -> torch.optim.AdamW:
 
 
 @contextmanager
-def only_value_head(policy: Policy, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def only_value_head(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The language model's learning rate is 0, with which AdamW neither moves nor decays it."""
-    head = {id(p) for p in policy.value_head.parameters()} if policy.value_head is not None else set()
-    groups = [g for g in optimizer.param_groups if not any(id(p) in head for p in g["params"])]
+    groups = [group for group in optimizer.param_groups if group["part"] == LANGUAGE]
     rates = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = 0.0
@@ -48,11 +50,12 @@ def _parameter_groups(policy: Policy, options: "LearnerOptions") -> list[dict[st
             "needs is_trainable=True; a frozen model needs use_peft: true."
         )
     head = [] if policy.value_head is None else list(policy.value_head.parameters())
-    rates = ((language, options.learning_rate), (head, options.value_learning_rate or options.learning_rate))
+    value_rate = options.value_learning_rate or options.learning_rate
     groups = []
-    for parameters, rate in rates:
+    for part, parameters, rate in ((LANGUAGE, language, options.learning_rate), (VALUE_HEAD, head, value_rate)):
+        own = {"lr": rate, "part": part}
         groups += [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay, "lr": rate},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": rate},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay, **own},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, **own},
         ]
     return [g for g in groups if g["params"]]

@@ -7,6 +7,7 @@ daemon, which does not keep the process from ending; what ends a thread (`System
 import asyncio
 import inspect
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Any
 from llmrl.envs.protocol import Environment, EnvironmentFactory, Row
 
 AT_ONCE_SECONDS = 0.1
+AT_ONCE_ALTOGETHER = 1.0
 Outcome = tuple[Any, Exception | None]
 
 
@@ -40,19 +42,22 @@ async def _called(function: Callable[..., Any], arguments: tuple[Any, ...]) -> A
 class Maker:
     """Makes environments: their constructors are plain code of a user's, which may block.
 
-    The first that takes longer than `AT_ONCE_SECONDS` holds the loop up for so long, none after it does. Until then
-    the loop waits for each, so that with environments that never wait things happen in the same order in every run.
+    The loop waits for each, so that with environments that never wait things happen in the same order in every run:
+    until one takes longer than `AT_ONCE_SECONDS`, or all together longer than `AT_ONCE_ALTOGETHER`. Those that come
+    after it hold nobody up.
     """
 
     def __init__(self, factory: EnvironmentFactory, timeout: float | None) -> None:
         self.factory, self.timeout = factory, timeout
-        self._at_once = AT_ONCE_SECONDS
+        self._at_once = AT_ONCE_ALTOGETHER
 
     async def make(self, row: Row, seed: int) -> Environment:
         """`factory(row, seed)`. Raises OverdueError after `timeout` seconds: what comes later is closed unused."""
         outcome = _started(self.factory, row, seed)
-        if self._at_once and wait([outcome], self._at_once).not_done:
-            self._at_once = 0.0
+        if self._at_once > 0:
+            began = time.monotonic()
+            overran = wait([outcome], AT_ONCE_SECONDS).not_done
+            self._at_once = 0.0 if overran else self._at_once - (time.monotonic() - began)
         try:
             if not outcome.done():
                 await _within(self.timeout, asyncio.wrap_future(outcome))

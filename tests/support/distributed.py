@@ -1,6 +1,6 @@
 """One update under whatever launched this script; rank 0 saves what came out. Used by tests/learner/test_sharding.py.
 
-Argument: a JSON object with `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing.
+Argument: a JSON object with `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing, critic.
 """
 
 import json
@@ -22,6 +22,7 @@ from llmrl.learner.sequences import Group
 from llmrl.learner.sharding import build_accelerator
 from llmrl.objectives.dpo import DPO
 from llmrl.objectives.scored import Objective
+from llmrl.objectives.value import ValueRegression
 from llmrl.runs import ranks
 
 
@@ -43,6 +44,7 @@ def build(settings: dict[str, Any]) -> Learner:
         gradient_checkpointing=settings.get("checkpointing", False),
         reference="auto" if settings.get("use_peft") else "precomputed",
         most_skipped=2,
+        **({"value_head": True, "value_learning_rate": 0.1, "weight_decay": 0.1} if settings.get("critic") else {}),
     )
     return Learner(model, options, accelerator)
 
@@ -80,7 +82,36 @@ def skipping(learner: Learner, groups: list[Group]) -> dict[str, Any]:
     return {"skipped": skipped, "kept": kept, "said": said}
 
 
+def whole_parameters(learner: Learner) -> dict[str, torch.Tensor]:
+    if not hasattr(learner.backend, "engine"):
+        return {name: parameter.detach().clone() for name, parameter in learner.policy.named_parameters()}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(p).detach().clone() for name, p in learner.policy.named_parameters()}
+
+
+def critic_alone(settings: dict[str, Any]) -> None:
+    """Two updates of the value head alone; how far it and the language model have moved."""
+    learner = build(settings)
+    groups = [
+        tuple(
+            replace(s, token_values=dict.fromkeys(("returns", "old_values"), np.ones(s.num_scored, np.float32)))
+            for s in g
+        )
+        for g in random_pairs(np.random.default_rng(3), 7)
+    ]
+    before = whole_parameters(learner)
+    for _ in range(2):
+        learner.update(groups, ValueRegression(None).objective(), language=False)
+    moved = {name: float((now - before[name]).abs().max()) for name, now in whole_parameters(learner).items()}
+    if learner.accelerator.is_main_process:
+        Path(settings["out"]).mkdir(parents=True)
+        (Path(settings["out"]) / "facts.json").write_text(json.dumps(moved))
+
+
 def run(settings: dict[str, Any]) -> None:
+    if settings.get("critic"):
+        return critic_alone(settings)
     out = Path(settings["out"])
     learner = build(settings)
     # A parameter that ZeRO-3 has split is empty outside a forward or backward pass.
