@@ -38,11 +38,20 @@ def to_yaml(config: BaseModel) -> str:
     return yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def result_keys(config: BaseModel) -> dict[str, Any]:
-    """The keys that decide which weights come out: all but those marked `Housekeeping`. JSON values."""
-    values = config.model_dump(mode="json")
-    fields = type(config).model_fields
-    return {key: values[key] for key in fields if not any(isinstance(m, Housekeeping) for m in fields[key].metadata)}
+def result_keys(config: BaseModel, stored: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The keys that decide which weights come out, `section.key` for those of a section: all but those marked
+    `Housekeeping`. JSON values: the configuration's, or those of a `stored` one of the same method."""
+    values = config.model_dump(mode="json") if stored is None else stored
+    found: dict[str, Any] = {}
+    for key, field in type(config).model_fields.items():
+        if key not in values or any(isinstance(mark, Housekeeping) for mark in field.metadata):
+            continue
+        section, value = getattr(config, key), values[key]
+        if isinstance(section, BaseModel) and isinstance(value, dict):
+            found |= {f"{key}.{name}": each for name, each in result_keys(section, value).items()}
+        else:
+            found[key] = value
+    return found
 
 
 def fingerprint(config: BaseModel) -> str:

@@ -3,7 +3,7 @@
 Invariants
 - Every wait has an end, and says when it comes whom it asked to do what.
 - A server that has failed, or has given nothing for a while, may have been started anew, with other weights: it is made
-  sure of before it is used again.
+  sure of before it is used again. Now and then it is asked anyway: another run may have given it weights.
 """
 
 import asyncio
@@ -25,6 +25,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0
 CONNECT_SECONDS = 10.0
 SURE_SECONDS = 1.0
 """After its last completion a server is taken to be the same for so long, in which none is started anew."""
+ASKED_EVERY_SECONDS = 10.0
+"""However busy it is, a server is asked this often whose weights it has."""
 
 
 @dataclass
@@ -37,15 +39,18 @@ class Server:
     retry_at: float = 0.0
     is_sure: bool = False
     gave_at: float = -math.inf
+    sure_at: float = -math.inf
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def is_known(self) -> bool:
         """Whether it has the weights that it was given last."""
-        return self.is_sure and time.monotonic() - self.gave_at < SURE_SECONDS
+        now = time.monotonic()
+        return self.is_sure and now - self.gave_at < SURE_SECONDS and now - self.sure_at < ASKED_EVERY_SECONDS
 
     def made_sure(self) -> None:
         """It has the newest weights."""
-        self.is_sure, self.gave_at = True, time.monotonic()
+        self.is_sure = True
+        self.gave_at = self.sure_at = time.monotonic()
 
     def failed(self) -> None:
         """Requests that fail together count once."""

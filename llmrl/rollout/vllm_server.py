@@ -223,6 +223,8 @@ class VLLMServerEngine:
 
     async def _renew(self, server: Server) -> None:
         async with server.lock:
+            if self._number > 1:  # the first time it may have what an earlier run has left
+                self._refuse_strangers(server, await self._weights_of(server, patiently=True))
             await self._load(server, patiently=True)
             server.made_sure()
 
@@ -233,9 +235,12 @@ class VLLMServerEngine:
         label = await self._weights_of(server, patiently=False)
         if label == self._label(self._newest):
             return
+        self._refuse_strangers(server, label)
+        await self._load(server, patiently=False)
+
+    def _refuse_strangers(self, server: Server, label: str) -> None:
         if label != OWN_WEIGHTS and self._folder.name not in label:
             raise RunFailedError(f"another run gave {server.url} its weights. Remedy: each run has servers of its own")
-        await self._load(server, patiently=False)
 
     def _label(self, weights: Path) -> str:
         """By which a server tells whose weights it has; vLLM keeps it until it ends."""
@@ -263,8 +268,8 @@ class VLLMServerEngine:
             reset = await control("/reset_prefix_cache?reset_running_requests=true", None, "empty its cache")
             if not reset["success"]:
                 raise RunFailedError(f"{server.url} did not empty its cache of the old weights' keys and values")
-            await control("/update_weight_version", label, "note its weights")
             await control("/resume", None, "go on after a pause")
+            await control("/update_weight_version", label, "note its weights")  # last: one that has it is not paused
 
     async def _forget(self, server: Server, name: str) -> None:
         with suppress(RequestRefusedError):  # a server that was started anew does not know it

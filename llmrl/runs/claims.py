@@ -90,8 +90,7 @@ def _refuse_other_config(config: RunKeys, directory: Path) -> None:
         raise RefusedError(
             f"output_dir {directory} holds a config.yaml that no run has written; name another output_dir"
         )
-    wanted = result_keys(config)
-    differences = differing_keys(config, {k: v for k, v in stored.items() if k in wanted})
+    differences = differing_keys(config, result_keys(config, stored))
     if differences:
         raise RefusedError(
             f"output_dir {directory} holds no checkpoint to resume, but another run, made with other values of\n"

@@ -78,8 +78,8 @@ class OnlineRun:
         Where they fail or are interrupted, a checkpoint of the steps before is left.
         """
         with self.session.before_updates():
-            collected = self.sampler.rollouts(step, last=step + 1 == self.session.total_steps)
-            self._write(step + 1, collected.groups)
+            last = step + 1 == self.session.total_steps
+            collected = self.sampler.rollouts(step, last, lambda found: self._write(step + 1, found.groups))
         self._say_if_cut(collected.counts)
         return collected
 

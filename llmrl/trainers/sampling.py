@@ -85,8 +85,9 @@ class Sampler:
         """The learner was updated."""
         self.version += 1
 
-    def rollouts(self, step: int, last: bool) -> Collected:
-        """Those of step `step` (from 0), the same on every rank; `last`: no step comes after it.
+    def rollouts(self, step: int, last: bool, keep: Callable[[Collected], None]) -> Collected:
+        """Those of step `step` (from 0), the same on every rank; `last`: no step comes after it. `keep` is called with
+        them; where it fails, a checkpoint repeats the step, as where they fail.
 
         With dynamic sampling, prompts whose rollouts are equally good are replaced by the next ones, as often as needed
         but at most ten times (arXiv 2503.14476, Sec. 3.2, and its code).
@@ -99,6 +100,9 @@ class Sampler:
                 found = self._whole(self._step(step))
             else:
                 found = self._whole(ahead.result())
+            if self.algorithm.dynamic_sampling:
+                found.groups = [group for group in found.groups if is_mixed(group)]
+            keep(found)
             if self.config.max_staleness and not last:
                 self.synchronise()
                 self._ahead = _Ahead(self.cursor.position, functools.partial(self._step, step + 1))
@@ -106,8 +110,6 @@ class Sampler:
         except BaseException:
             self.cursor.position = position  # a checkpoint that is left now repeats this step
             raise
-        if self.algorithm.dynamic_sampling:
-            found.groups = [group for group in found.groups if is_mixed(group)]
         return found
 
     def heldout(self) -> list[RolloutGroup]:

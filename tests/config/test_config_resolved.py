@@ -4,10 +4,12 @@ from typing import Annotated, Literal
 
 import pytest
 import yaml
+from pydantic import Field
 
 from llmrl.config import (
     DataKeys,
     Housekeeping,
+    Keys,
     ModelKeys,
     OptimizationKeys,
     RunKeys,
@@ -19,11 +21,23 @@ from llmrl.config import (
 )
 
 
+class Section(Keys):
+    """A section."""
+
+    kind: str = "slow"
+    """Kind."""
+    patience: Annotated[float, Housekeeping()] = 1.0
+    """Patience."""
+    options: dict[str, int] = Field(default_factory=dict)
+    """Options."""
+
+
 class Toy(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
     """Toy."""
 
     method: Literal["toy"] = "toy"
     pause: Annotated[float, Housekeeping()] = 0.0
+    engine: Section = Field(default_factory=Section)
     task_evaluation: TaskEvaluationKeys | None = None
 
 
@@ -61,7 +75,7 @@ def test_paths_stay_as_they_were_given():
         {"eval_steps": 3}, {"logging_steps": 5}, {"report_to": "wandb"}, {"push_to_hub": True},
         {"hub_model_id": "me/x"}, {"resume_from_checkpoint": "latest"},
         {"tokens_per_microbatch": 64}, {"gradient_checkpointing": True},
-        {"pause": 1.0},
+        {"pause": 1.0}, {"engine": {"patience": 3.0}},
     ],
     ids=str,
 )  # fmt: skip
@@ -74,14 +88,22 @@ def test_what_cannot_change_the_weights_does_not_change_the_fingerprint(housekee
     [
         {"learning_rate": 2e-4}, {"seed": 1}, {"dataset_name": "e"}, {"max_steps": 5}, {"max_length": 8},
         {"use_peft": True}, {"lora_r": 4}, {"model_name_or_path": "n"}, {"eval_rows": 3}, {"warmup_ratio": 0.1},
+        {"engine": {"kind": "fast"}}, {"engine": {"options": {"a": 1}}},
     ],
     ids=str,
 )  # fmt: skip
 def test_what_changes_the_weights_changes_it_and_is_named(change: dict[str, object]):
     other = toy(**change)
     assert fingerprint(other) != fingerprint(toy())
-    key = next(iter(change))
+    key, value = next(iter(change.items()))
+    key = f"{key}.{next(iter(value))}" if isinstance(value, dict) else key
     assert [line.split(":")[0] for line in differing_keys(other, result_keys(toy()))] == [key]
+
+
+def test_a_stored_file_is_compared_by_the_same_keys():
+    config = toy(engine={"kind": "fast", "patience": 3.0, "options": {"a": 1}})
+    assert result_keys(config, yaml.safe_load(to_yaml(config))) == result_keys(config)
+    assert result_keys(toy(), {"seed": 3, "engine": {"patience": 9.0}, "unknown": 1}) == {"seed": 3}
 
 
 def test_a_key_that_an_older_version_did_not_have_is_named_as_absent():

@@ -157,6 +157,10 @@ def test_equal_rewards_are_said_after_three_steps_and_end_the_run_with_a_checkpo
 DISK_MEGABYTES = 8
 
 
+def rows_of(file: Path) -> list[int]:
+    return [json.loads(line)["row"] for line in file.read_text().splitlines()]
+
+
 def test_a_disk_too_full_for_the_rollouts_ends_the_run_with_a_checkpoint(
     small_disk: Path, tmp_path: Path, capsys: Said
 ) -> None:
@@ -167,9 +171,10 @@ def test_a_disk_too_full_for_the_rollouts_ends_the_run_with_a_checkpoint(
 def verbose(completions, log_extra, **columns):
     global calls
     calls += 1
-    log_extra("thoughts", ["x" * (3_000_000 if calls > 8 else 3) for _ in completions])
+    log_extra("thoughts", ["x" * (3_000_000 if calls > 8 and not MENDED.exists() else 3) for _ in completions])
     return paid(completions)
 """
+        + f"from pathlib import Path\nMENDED = Path({str(tmp_path / 'mended')!r})\n"
     )
     run = small_disk / "run"
     config = write_online_config(
@@ -181,6 +186,11 @@ def verbose(completions, log_extra, **columns):
     assert f"{run}/checkpoints/step_2 is whole" in said
     assert checkpoints.latest(run) == run / "checkpoints" / "step_2"
     assert sorted(file.name for file in (run / "rollouts").iterdir()) == ["step_1.jsonl", "step_2.jsonl"]
+    (tmp_path / "mended").touch()
+    assert run_online("loop", config, "--resume_from_checkpoint", "latest") == 0
+    whole = tmp_path / "whole"
+    assert run_online("loop", config, "--output_dir", str(whole)) == 0
+    assert rows_of(run / "rollouts" / "step_3.jsonl") == rows_of(whole / "rollouts" / "step_3.jsonl")
 
 
 # -- environments ------------------------------------------------------------------------------------------------------

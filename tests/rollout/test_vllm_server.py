@@ -170,7 +170,7 @@ def test_weights_are_handed_over_while_requests_stand_still(folder: str, fake: F
         engine.sync(model(seed=version).named_parameters(), version)
         assert [path for path, _ in fake.asked[-5:]] == [
             "/pause?mode=keep", "/collective_rpc", "/reset_prefix_cache?reset_running_requests=true",
-            "/update_weight_version", "/resume",
+            "/resume", "/update_weight_version",
         ]  # fmt: skip
         assert fake.weights == sorted(model().state_dict())  # with the tied head
         assert len(list(next(tmp_path.iterdir()).iterdir())) == 1  # the weights before have been removed
@@ -277,14 +277,17 @@ def test_a_server_that_was_started_anew_while_nobody_asked_it_gets_the_newest_we
     again.end()
 
 
+@pytest.mark.parametrize("interval", ["SURE_SECONDS", "ASKED_EVERY_SECONDS"])
 def test_two_runs_at_one_server_do_not_sample_from_one_anothers_weights(
-    folder: str, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+    folder: str, fake: FakeServer, monkeypatch: pytest.MonkeyPatch, interval: str
 ) -> None:
-    monkeypatch.setattr(vllm_http, "SURE_SECONDS", 0.0)
+    monkeypatch.setattr(vllm_http, interval, 0.0)
     first = connect(folder, fake)
     second = connect(folder, fake)
     with pytest.raises(RunFailedError, match=f"another run gave {fake.url} its weights"):
         first.generate(PROMPTS, SAMPLING)
+    with pytest.raises(RunFailedError, match=f"another run gave {fake.url} its weights"):
+        first.sync(model().named_parameters(), 1)
     assert len(second.generate(PROMPTS, SAMPLING)) == 3
     with pytest.raises(RefusedError, match="has the weights of another run, and an adapter needs the model's own"):
         VLLMServerEngine([fake.url], folder, TOKENIZER, adapter=LoraConfig(r=4))
