@@ -1,0 +1,40 @@
+"""Whether what was measured over seeds is learning; the presets that are measured."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from support.online_run import evals, run_online
+from support.recipe_run import ROOT, launch
+
+SEEDS = (0, 1, 2)
+T_975 = 4.303
+"""Student's t with two degrees of freedom, 97.5%: three seeds of no effect look better once in 40 times, and
+hardly ever when their mean has to reach a margin as well."""
+
+
+def run_preset(method: str, preset: str, run: Path, seed: int, *further: str, launched: bool = False) -> Path:
+    """Train as recipes/METHOD/PRESET.yaml says, with what `further` says instead: in this process, or as a person
+    types it, `launched` by accelerate."""
+    own = (f"recipes/{method}/{preset}.yaml", "--output_dir", str(run), "--seed", str(seed), *further)
+    if launched:
+        done = launch(method, "cpu", "--config", *own)
+        assert done.returncode == 0, done.stderr[-2000:]
+    else:
+        assert run_online(method, ROOT / own[0], *own[1:]) == 0
+    return run
+
+
+def gain(run: Path, score: str) -> float:
+    """How far a held-out score is above the first evaluation, in the mean of those behind it."""
+    first, *later = (entry["metrics"][score] for entry in evals(run))
+    return fmean(later) - first
+
+
+def assert_rises(gains: Sequence[float], by: float) -> None:
+    """The mean of three gains is above `by`, and so far above 0 that chance would not do it."""
+    assert len(gains) == 3
+    mean = fmean(gains)
+    assert mean > by, gains
+    assert mean > T_975 * stdev(gains) / math.sqrt(len(gains)), gains
