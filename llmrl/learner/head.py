@@ -70,8 +70,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
         transform: LogitTransform,
         with_entropy: bool,
         compute_dtype: torch.dtype,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        num, want_hidden, want_weight = len(targets), ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        # `needs_input_grad` does not know of no_grad: a parameter that requires a gradient says so there, too.
+        num, want_hidden = len(targets), with_gradient and ctx.needs_input_grad[0]
+        want_weight = with_gradient and any(ctx.needs_input_grad[1:3])
         compute_weight = weight.to(compute_dtype)
         logprobs, lse = (torch.empty(num, dtype=torch.float32, device=hidden.device) for _ in range(2))
         entropies = torch.empty(num if with_entropy else 0, dtype=torch.float32, device=hidden.device)
@@ -126,7 +129,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             grad_weight, grad_bias = _parameter_gradients(
                 ctx, hidden, targets, lse, jacobians, grad_logprobs, grad_entropies
             )
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _parameter_gradients(
@@ -164,7 +167,7 @@ def _parameter_gradients(
         """A chunk whose Jacobian the forward has kept: the upstream gradient goes to the smaller factor."""
         add(negative, hidden[rows] * grad_logprobs[rows, None].to(hidden.dtype))
         if grad_bias is not None:
-            grad_bias.sub_(grad_logprobs[rows].to(negative.dtype) @ negative)
+            grad_bias.sub_(grad_logprobs[rows].float() @ negative.float())
 
     def add(negative: Tensor, right: Tensor) -> None:
         left, right = negative.T, right.to(ctx.compute_dtype)
@@ -233,6 +236,7 @@ def install(head: nn.Linear) -> None:
             return type(self).forward(self, hidden)
         kind = hidden.device.type
         compute_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        with_gradient = torch.is_grad_enabled()
         with torch.autocast(kind, enabled=False):
             return _ChunkedLogProbs.apply(
                 hidden,
@@ -243,6 +247,7 @@ def install(head: nn.Linear) -> None:
                 transform or LogitTransform(),
                 with_entropy,
                 compute_dtype,
+                with_gradient,
             )
 
     head.forward = types.MethodType(forward, head)  # type: ignore[method-assign]

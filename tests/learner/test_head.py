@@ -81,6 +81,22 @@ def test_what_is_kept_for_the_weights_gradient_changes_nothing_but_work(
             torch.testing.assert_close(ours, plain, atol=(1e-2 if dtype == torch.bfloat16 else 1e-6), rtol=1e-2)
 
 
+def test_without_gradients_no_jacobian_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter that is trained stays one under no_grad."""
+    made = []
+    minus_at = head._minus_at
+    monkeypatch.setattr(head, "_minus_at", lambda *given: made.append(1) or minus_at(*given))
+    layer = nn.Linear(16, 31)
+    head.install(layer)
+    hidden = torch.randn(23, 16, requires_grad=True)
+    given = (hidden, torch.zeros(23, dtype=torch.long), head.LogitTransform(), False)
+    with torch.no_grad():
+        scored = layer(*given)[0]
+    assert not made
+    assert torch.equal(layer(*given)[0], scored)
+    assert made
+
+
 def test_gradient_by_finite_differences() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(5, 11).double()
