@@ -8,6 +8,7 @@ Invariants
 - Nobody waits for a rank that is gone: one of which nothing was heard for `SILENCE` ends the wait with an error.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,13 +31,15 @@ class RankLostError(RunFailedError):
 class Meeting:
     """The meeting place of a run's ranks; with one rank nobody is waited for."""
 
+    _numbers = itertools.count()  # of the runs in these processes, the same on all ranks
+
     def __init__(self, accelerator: Accelerator, silence: timedelta = SILENCE) -> None:
         """Made by all ranks, once a run. `silence`: how long nothing may be heard of a rank that is waited for."""
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.silence = silence.total_seconds()
         self._store: Store | None = None
         if self.world_size > 1:
-            self._store = PrefixStore("llmrl/meeting", _get_default_store())
+            self._store = PrefixStore(f"llmrl/meeting{next(self._numbers)}", _get_default_store())
         self._met, self._told = 0, False
 
     def stop_asked(self, here: bool) -> bool:

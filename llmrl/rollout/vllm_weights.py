@@ -5,6 +5,7 @@ without storage, and both are reported as success. So everything is checked here
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,15 @@ def write_weights(weights: Weights, folder: Path, shard_bytes: int = 2**30) -> N
     """The stream as safetensors files of about `shard_bytes`, so that it is never held whole; `folder` appears last."""
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True)
+    try:
+        _write_shards(weights, partial, shard_bytes)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, the checkpoint that comes next needs the room
+        raise
+    partial.rename(folder)
+
+
+def _write_shards(weights: Weights, folder: Path, shard_bytes: int) -> None:
     shard: dict[str, Tensor] = {}
     held = number = 0
     for name, tensor in weights:
@@ -180,8 +190,7 @@ def write_weights(weights: Weights, folder: Path, shard_bytes: int = 2**30) -> N
         held += tensor.nbytes
         if held >= shard_bytes:
             number += 1
-            save_file(shard, partial / f"model-{number:05}.safetensors")
+            save_file(shard, folder / f"model-{number:05}.safetensors")
             shard, held = {}, 0
     if shard:
-        save_file(shard, partial / f"model-{number + 1:05}.safetensors")
-    partial.rename(folder)
+        save_file(shard, folder / f"model-{number + 1:05}.safetensors")

@@ -60,7 +60,7 @@ class OnlineRun:
         self.session = Session(
             run, self.learner, task.tokenizer, total_steps, task.data.fingerprint, self.evaluate, callbacks
         )
-        task.trainer_state = self.session.state
+        task.trainer_state = lambda: self.session.state
         self._empty_steps, self._all_cut_said = 0, False
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
 """What an online method asks of its policy, and how that is judged: rows, environment, chat template, rewards."""
 
 import asyncio
+import copy
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +26,7 @@ from llmrl.trainers.online_config import OnlineConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+    from transformers import TrainerState
 
 TRIED_ROWS = 16
 """Rows with which an environment that is not known is begun before anything else, to see whether it begins."""
@@ -43,7 +45,7 @@ class OnlineTask:
         dataset: "Dataset | DatasetDict | None" = None,
     ) -> None:
         self.config, self.algorithm = config, algorithm
-        self.trainer_state: Any = None  # what reward functions get under this name; there is one once training begins
+        self.trainer_state: "Callable[[], TrainerState] | None" = None  # what reward functions get; once training begins
         path = models.resolve(config.model_name_or_path)
         self.tokenizer = load_tokenizer(path)
         check_vocabulary(self.tokenizer, load_config(path))
@@ -125,10 +127,13 @@ class OnlineTask:
             stop_token_ids=self.renderer.stop_token_ids,
         )
 
-    async def score(self, group: RolloutGroup) -> None:
-        """Scores of the environment and of the reward functions, their weighted sum, and the algorithm's penalty."""
+    async def score(self, group: RolloutGroup, steps_done: int | None = None) -> None:
+        """Scores of the environment and of the reward functions, their weighted sum, and the algorithm's penalty.
+
+        `steps_done`: of the training that the rollouts are for, which may lie ahead of the step that is now trained.
+        """
         rollouts, weight = group.rollouts, self.config.environment_weight
-        found = None if self.scorer is None else await self._judged(self.scorer, group)
+        found = None if self.scorer is None else await self._judged(self.scorer, group, steps_done)
         for i, rollout in enumerate(rollouts):
             own = rollout.environment_rewards
             # An episode that came to its end without any reward was not judged, which is not the same as 0.
@@ -145,7 +150,7 @@ class OnlineTask:
                 total = None if silent else part if total is None else total + (part or 0.0)
             rollout.reward, rollout.penalty = total, self._overlong(rollout)
 
-    async def _judged(self, scorer: Scorer, group: RolloutGroup) -> Scores:
+    async def _judged(self, scorer: Scorer, group: RolloutGroup, steps_done: int | None) -> Scores:
         """Prompts and completions are text where the row's prompt is, else messages: as reward functions for TRL expect
         them. A reward model reads the dialogue that the policy saw."""
         rollouts = group.rollouts
@@ -158,9 +163,17 @@ class OnlineTask:
             completions,
             ids,
             columns={name: [value] * len(rollouts) for name, value in group.row.items() if name not in RESERVED},
-            trainer_state=self.trainer_state,
+            trainer_state=self._state(steps_done),
             dialogues=dialogues if self.renderer.has_template else texts,
         )
+
+    def _state(self, steps_done: int | None) -> "TrainerState | None":
+        """A copy, so that it stands still while a reward function reads it."""
+        if self.trainer_state is None:
+            return None
+        state = copy.copy(self.trainer_state())
+        state.global_step = state.global_step if steps_done is None else steps_done
+        return state
 
     def _as_sampled(self, rollout: Rollout) -> list[dict[str, Any]]:
         """What was said since the opening, the policy's turns with their thoughts, as reward functions expect them."""

@@ -122,7 +122,7 @@ class Sampler:
                 self._ahead.wait()
                 self._meet()
             self.synchronise()
-            share = self._collect(tasks, temperature, GroupPolicy("accept", min_rollouts=1), "held-out rows")
+            share = self._collect(tasks, temperature, GroupPolicy("accept", min_rollouts=1), "held-out rows", None)
             whole = self._whole([share])
             self._rest()
         return whole.groups
@@ -165,9 +165,11 @@ class Sampler:
         keys = self.config.rollout
         least = min(keys.min_per_group, self.config.samples_per_prompt)
         policy = GroupPolicy(keys.on_error, keys.retries, least, keys.early_stop)
-        return self._collect(tasks, self.config.temperature, policy, f"rollouts of step {step + 1}")
+        return self._collect(tasks, self.config.temperature, policy, f"rollouts of step {step + 1}", step)
 
-    def _collect(self, tasks: list[Task], temperature: float, policy: GroupPolicy, what: str) -> Share:
+    def _collect(
+        self, tasks: list[Task], temperature: float, policy: GroupPolicy, what: str, steps_done: int | None
+    ) -> Share:
         """This rank's share of the tasks: each has its own engine, or the first asks the servers for all."""
         accelerator = self.learner.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -180,7 +182,7 @@ class Sampler:
             self.task.renderer,
             self.task.kind.make,
             self.task.limits(),
-            self.task.score,
+            functools.partial(self.task.score, steps_done=steps_done),
             policy,
             _Shown(self, what),
         )

@@ -77,7 +77,7 @@ def test_they_run_unchanged(tmp_path: Path, kind: str, monkeypatch: pytest.Monke
     names = [*of_kind[kind], "by_length", "same_as_the_truth", "of_one_task", "slow", "logs"]
     config = write_online_config(
         tmp_path, rewards=[f"{tmp_path / 'functions.py'}:{name}" for name in names], reward_max_failures=1, max_steps=2,
-        eval_rows=0, prompts_per_step=6,
+        eval_rows=0, prompts_per_step=6, save_steps=1,
     )  # fmt: skip
     assert run_online("loop", config) == 0
     first, second = metrics(tmp_path / "run")
@@ -93,6 +93,8 @@ def test_they_run_unchanged(tmp_path: Path, kind: str, monkeypatch: pytest.Monke
     lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_1.jsonl").read_text().splitlines()]
     assert len(lines) == 24
     assert all(line["extra"] == {"truth": "red"} for line in lines)
+    assert run_online("loop", config, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoints" / "step_1")) == 0
+    assert [line["step_of_trainer"] for line in metrics(tmp_path / "run")] == [0, 1]
 
 
 def test_a_function_for_messages_fails_on_text_in_its_own_words(
