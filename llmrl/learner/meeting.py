@@ -31,15 +31,19 @@ class RankLostError(RunFailedError):
 class Meeting:
     """The meeting place of a run's ranks; with one rank nobody is waited for."""
 
-    _numbers = itertools.count()  # of the runs in these processes, the same on all ranks
+    _numbers = itertools.count()
 
-    def __init__(self, accelerator: Accelerator, silence: timedelta = SILENCE) -> None:
-        """Made by all ranks, once a run. `silence`: how long nothing may be heard of a rank that is waited for."""
+    def __init__(self, accelerator: Accelerator, silence: timedelta = SILENCE, number: int | None = None) -> None:
+        """Made by all ranks, once a run. `silence`: how long nothing may be heard of a rank that is waited for.
+
+        `number`: of the run among those in these processes; None counts them.
+        """
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.silence = silence.total_seconds()
         self._store: Store | None = None
         if self.world_size > 1:
-            self._store = PrefixStore(f"llmrl/meeting{next(self._numbers)}", _get_default_store())
+            number = next(self._numbers) if number is None else number
+            self._store = PrefixStore(f"llmrl/meeting/{number}", _get_default_store())
         self._met, self._told = 0, False
 
     def stop_asked(self, here: bool) -> bool:

@@ -45,7 +45,7 @@ class OnlineTask:
         dataset: "Dataset | DatasetDict | None" = None,
     ) -> None:
         self.config, self.algorithm = config, algorithm
-        self.trainer_state: "Callable[[], TrainerState] | None" = None  # what reward functions get; once training begins
+        self.trainer_state: Callable[[], TrainerState] | None = None  # what reward functions get, once training begins
         path = models.resolve(config.model_name_or_path)
         self.tokenizer = load_tokenizer(path)
         check_vocabulary(self.tokenizer, load_config(path))

@@ -15,13 +15,17 @@ from llmrl.learner.meeting import Meeting, RankLostError
 
 
 class Ranks:
-    """Two ranks' meeting places."""
+    """Two ranks' meeting places, in one process."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, silence: float = 60.0) -> None:
-        store = HashStore()
+    def __init__(
+        self, patch: pytest.MonkeyPatch, silence: float = 60.0, store: HashStore | None = None, number: int = 0
+    ) -> None:
+        store = store or HashStore()
         patch.setattr(meeting, "_get_default_store", lambda: store)
-        places = [SimpleNamespace(process_index=rank, num_processes=2) for rank in (0, 1)]
-        self.first, self.second = (Meeting(place, timedelta(seconds=silence)) for place in places)  # type: ignore[arg-type]
+        self.first, self.second = (
+            Meeting(SimpleNamespace(process_index=rank, num_processes=2), timedelta(seconds=silence), number)  # type: ignore[arg-type]
+            for rank in (0, 1)
+        )
 
 
 def beside(work: Callable[[], Any]) -> threading.Thread:
@@ -51,6 +55,15 @@ def test_the_first_to_come_waits_for_the_last_at_every_meeting(monkeypatch: pyte
             time.sleep(0.001)
     waiting.join(10)
     assert order == [(what, number) for number in range(3) for what in ("came", "gone on")]
+
+
+def test_what_an_earlier_run_said_is_not_heard_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    earlier = Ranks(monkeypatch, store=store)
+    assert earlier.first.stop_asked(True)
+    assert earlier.second.stop_asked(False)
+    later = Ranks(monkeypatch, store=store, number=1)
+    assert not later.second.stop_asked(False)
 
 
 def test_a_wish_to_stop_is_heard_by_who_works_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
