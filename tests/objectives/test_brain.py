@@ -182,7 +182,7 @@ def test_a_sample_of_weight_two_is_that_sample_twice() -> None:
     assert gradient == pytest.approx([of_each[0], of_each[1] + of_each[2], *of_each[3:]], rel=1e-5)
 
 
-@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf, -14.1])
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf, -14.1, -9.9])
 @pytest.mark.parametrize("baseline", [True, False])
 def test_a_sample_that_is_left_out_is_in_neither_softmax(bad: float, baseline: bool) -> None:
     brain = BRAIn(most_prior_gap=2.0, baseline=baseline)
@@ -223,6 +223,9 @@ def test_gradients_by_finite_differences() -> None:
     target = log_weights(torch.randn(8, dtype=torch.float64, generator=generator), group, kept)
     policy = torch.randn(8, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda v: divergences(target, log_weights(v, group, kept), group), policy)
+    # The target is a constant, whatever it was made of.
+    other = (target + 0.0).requires_grad_()
+    assert divergences(other, target, group).requires_grad is False
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,9 @@ def test_t3_implicit_rewards_of_the_reference_fall_by_its_divergence() -> None:
 
 
 def test_sums_start_anew_with_each_sequence() -> None:
-    rewards = torch.tensor([1e6, 1.0, 0.25, -0.25, 2.0])
+    rewards = torch.tensor([2.0**24, 1.0, 0.25, -0.25, 2.0])
     found = cumulative_rewards(rewards, torch.tensor([0, 1, 1, 1, 2]))
-    assert found.tolist() == [1e6, 1.0, 1.25, 1.0, 2.0]
+    assert found.tolist() == [2.0**24, 1.0, 1.25, 1.0, 2.0]
     assert found.dtype == rewards.dtype
     assert cumulative_rewards(torch.tensor([]), torch.tensor([], dtype=torch.long)).tolist() == []
 

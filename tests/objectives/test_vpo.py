@@ -209,7 +209,7 @@ def test_micro_batches_and_the_form_of_the_forward_change_nothing(incentive: Any
         assert_same_step(step_of(learner, groups, objective), whole)
 
 
-def test_the_weights_of_a_floor_and_a_reference_known_before_change_nothing(draw: np.random.Generator) -> None:
+def test_a_floor_that_is_not_reached_and_a_reference_known_before_change_nothing(draw: np.random.Generator) -> None:
     groups = groups_with_samples(draw)
     learner = tiny_learner(reference="precomputed")
     known = [
