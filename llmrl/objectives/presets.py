@@ -78,6 +78,11 @@ class Preset:
         return self.advantage == "gae"
 
     @property
+    def compares_step(self) -> bool:
+        """Whether rollouts are better or worse than the step's others, and not than those of their prompt alone."""
+        return self.advantage in ("gae", "reward_to_go")
+
+    @property
     def needs_reference(self) -> bool:
         return self.kl != "none" and self.beta > 0
 

@@ -40,6 +40,8 @@ START = "Remedy: start it with launch/vllm_server, which sets this"
 SLEEP = "Remedy: start it on a GPU with `launch/vllm_server MODEL -- --enable-sleep-mode`, or set engine.sleep to false"
 NOT_FINITE = "not JSON compliant"
 """With these words a server refuses to put a NaN into its answer."""
+HANDED_OVER = "llmrl-weights-"
+"""With this begins the name of a folder in which an engine hands weights over."""
 OWN_WEIGHTS = "default"
 """What vLLM says of weights that nobody has replaced."""
 
@@ -370,7 +372,7 @@ def _folder_in(parent: Path | None) -> Path:
     try:
         if parent is not None:
             parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="llmrl-weights-", dir=parent)).resolve()
+        return Path(tempfile.mkdtemp(prefix=HANDED_OVER, dir=parent)).resolve()
     except OSError as error:
         raise RefusedError(
             f"the folder for weights, {parent}, cannot be used: {error.strerror or error}. Name another "

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -110,11 +111,17 @@ def length_within(
 
 
 def _weights_folder(config: OnlineConfig) -> Path:
-    """Where servers find new weights; the run's own is cleared of what a killed attempt has left there."""
+    """Where servers find new weights; that in output_dir is cleared of what a killed attempt has left there, and of
+    nothing else: whatever else lies in it is somebody's own."""
+    from llmrl.rollout.vllm_server import HANDED_OVER
+
     if config.engine.weights_dir is not None:
         return Path(config.engine.weights_dir)
     folder = Path(config.output_dir) / WEIGHTS
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in folder.glob(f"{HANDED_OVER}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):  # it is not there, or holds something else
+        folder.rmdir()
     return folder
 
 
@@ -145,10 +152,11 @@ def synchronise(engine: Engine | None, learner: Learner, adapter: PeftConfig | N
     if isinstance(engine, HuggingFaceEngine):
         engine.sync((), version)
         return
-    weights, failure = _as_the_engine_knows_them(learner, adapter), None
+    weights, failure = learner.weights(), None
+    known = _as_the_engine_knows_them(weights, learner, adapter)
     try:
         if engine is not None:
-            engine.sync(weights, version)
+            engine.sync(known, version)
     except LlmrlError as error:
         failure = error
     for _ in weights:  # a rank without an engine, or whose engine failed, takes part in gathering, too
@@ -183,7 +191,9 @@ def raise_together(accelerator: Accelerator, failure: LlmrlError | None) -> None
         raise failure or failures[0]
 
 
-def _as_the_engine_knows_them(learner: Learner, adapter: PeftConfig | None) -> Iterator[tuple[str, Tensor]]:
+def _as_the_engine_knows_them(
+    weights: Iterator[tuple[str, Tensor]], learner: Learner, adapter: PeftConfig | None
+) -> Iterator[tuple[str, Tensor]]:
     from llmrl.rollout.vllm_weights import merged_weights
 
-    return merged_weights(learner.causal_lm, learner.weights()) if adapter is None else learner.weights()
+    return merged_weights(learner.causal_lm, weights) if adapter is None else weights

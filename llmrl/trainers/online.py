@@ -175,7 +175,7 @@ class OnlineRun:
     def record(self, collected: Collected, metrics: dict[str, float]) -> None:
         """Log the step; ends a run in which nothing has been learned for long, with a checkpoint."""
         self.session.record({**collected.of_judging, **rollout_metrics(collected), **metrics})
-        told_apart = tells_apart(collected.groups)
+        told_apart = tells_apart(collected.groups, over_step=self.algorithm.compares_step)
         self._empty_steps = 0 if told_apart and metrics["updates"] else self._empty_steps + 1
         if self._empty_steps not in (SAID_AFTER_EMPTY, self.config.max_empty_steps):
             return
@@ -215,11 +215,10 @@ def keep_rollouts(
             other.unlink()
 
 
-def tells_apart(groups: Sequence[RolloutGroup]) -> bool:
-    """Whether a step's rewards prefer any rollout: to others of its prompt, or of the step where there are none."""
-    alone = all(len(group.rollouts) < 2 for group in groups)
-    rewards = [[(rollout.reward or 0.0) + rollout.penalty for rollout in group.rollouts] for group in groups]
-    compared = [[reward for one in rewards for reward in one]] if alone else rewards
+def tells_apart(groups: Sequence[RolloutGroup], over_step: bool) -> bool:
+    """Whether a step's rewards prefer any rollout: to others of its prompt, or `over_step`."""
+    rewards = [[r.reward + r.penalty for r in group.rollouts if r.reward is not None] for group in groups]
+    compared = [[reward for one in rewards for reward in one]] if over_step else rewards
     return any(len(set(each)) > 1 for each in compared)
 
 

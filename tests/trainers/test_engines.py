@@ -75,6 +75,19 @@ def test_an_engine_that_cannot_sleep_is_refused_by_check_and_by_the_run_and_noth
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_of_the_folder_for_weights_only_what_a_killed_run_has_left_is_removed(tmp_path: Path, own: bool) -> None:
+    weights = tmp_path / "run" / "weights"
+    (weights / "llmrl-weights-abc").mkdir(parents=True)
+    (weights / "llmrl-weights-abc" / "model-00001.safetensors").write_text("what a killed run has left")
+    if own:
+        (weights / "my_model.safetensors").write_text("mine")
+    server = {"kind": "vllm_server", "urls": ["http://127.0.0.1:9"], "patience_seconds": 0.1}
+    assert run_online("loop", write_online_config(tmp_path, engine=server)) == 1  # there is no such server
+    assert [file.name for file in weights.glob("*")] == (["my_model.safetensors"] if own else [])
+    assert weights.exists() == own
+
+
 @pytest.mark.parametrize(
     ("limit", "max_length", "model", "expected"),
     [

@@ -51,6 +51,24 @@ def test_rewards_that_tell_nothing_apart_end_a_run_of_any_method(
     assert (tmp_path / "run" / "checkpoints" / "step_4").exists()
 
 
+BY_PROMPT = "def by_prompt(prompts, completions, **_):\n    return [float(len(p) % 2) for p in prompts]\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("ppo", {}), ("rlsp", {"critic_warmup": 0}), ("loop", {"algorithm": "reinforce_plus_plus"}), ("loop", {})],
+)
+def test_rewards_that_differ_between_prompts_alone_teach_what_compares_the_step(
+    tmp_path: Path, method: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With several samples a prompt, too: a critic learns from them, and so does whitening over the step."""
+    (tmp_path / "by_prompt.py").write_text(BY_PROMPT)
+    own = {"rewards": [f"{tmp_path / 'by_prompt.py'}:by_prompt"], "max_empty_steps": 2, "samples_per_prompt": 2}
+    code = run_online(method, write_online_config(tmp_path, **own, max_steps=3, eval_rows=0, **settings))
+    assert code == (0 if settings or method == "ppo" else 1)
+    assert ("nothing could be learned" in capsys.readouterr().err) == (code == 1)
+
+
 def test_dapo_judges_groups_before_it_punishes_length(tmp_path: Path) -> None:
     """With rewards that are all equal nothing is left to train on, however different the lengths are."""
     (tmp_path / "equal.py").write_text(EQUAL)
