@@ -174,10 +174,12 @@ class PolicyGradientKeys(Keys):
     """Rollouts in one optimizer step; null = as many as make the algorithm's number of steps, mostly one."""
     minibatches: Literal["rollouts", "prompts"] = "rollouts"
     """What an update is drawn from: single rollouts, as published, or whole prompts with about rollouts_per_update
-    together: a prompt is then computed once an epoch, not once for every update that has a rollout of it."""
+    together: a prompt is then computed once an epoch, not once for every update that has a rollout of it.
+    rollouts_per_update is then rounded to whole prompts, and LOOP's divisor with it."""
     mask_truncated_completions: bool = False
     """Rollouts that a limit of tokens or turns cut off stay in their group's statistics, but are not trained on and
-    count in no denominator of the loss (DAPO's overlong filtering; in TRL sequence means count them still)."""
+    count in no denominator of the loss (DAPO's overlong filtering; in TRL sequence means count them still). LOOP
+    divides by rollouts_per_update, however many are left: fewer make a smaller step."""
     reference: Literal["auto", "adapter_off", "frozen"] = "auto"
     """Where the reference's log-probabilities come from, if the algorithm has one: auto is adapter_off with use_peft,
     else a frozen copy."""

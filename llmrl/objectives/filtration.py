@@ -125,15 +125,12 @@ def multiplicities(
 
 
 def filtration_metrics(rewards_S: Tensor, group_index_S: Tensor, counts_S: Tensor) -> dict[str, float]:
-    """What a filtration did: rows kept, groups whose rewards are all equal, mean reward before and after.
-
-    After filtration every logged reward is the filtered law's; the policy's own mean is `reward`.
-    """
-    num_groups = int(group_index_S.max()) + 1
+    """What a filtration did: rows kept a group, groups whose rewards are all equal, mean reward of what is kept. Groups
+    of which no response is there count in none of them."""
+    present_S = group_index_S.unique(return_inverse=True)[1]
+    num_groups = int(present_S.max()) + 1
     low_G, high_G = (
-        torch.zeros(num_groups, dtype=rewards_S.dtype).scatter_reduce(
-            0, group_index_S, rewards_S, how, include_self=False
-        )
+        torch.zeros(num_groups, dtype=rewards_S.dtype).scatter_reduce(0, present_S, rewards_S, how, include_self=False)
         for how in ("amin", "amax")
     )
     return {
@@ -141,7 +138,6 @@ def filtration_metrics(rewards_S: Tensor, group_index_S: Tensor, counts_S: Tenso
         "filtration/distinct_rows_mean": float((counts_S > 0).sum()) / num_groups,
         "filtration/frac_groups_equal": float((low_G == high_G).double().mean()),
         "filtration/reward": float((counts_S * rewards_S.double()).sum() / counts_S.sum()),
-        "reward": float(rewards_S.double().mean()),
     }
 
 

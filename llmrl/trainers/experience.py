@@ -47,12 +47,14 @@ class Experience:
     """The rollouts of one step that have a reward and at least one sampled token."""
 
     def __init__(self, groups: Sequence[RolloutGroup]) -> None:
-        self.scored = False
+        self.scored, self.num_masked = False, 0
         self.samples = [
-            Sample(pieces, float(rollout.reward) + rollout.penalty, number, not rollout.ended_by_itself)
+            Sample(pieces, reward, number, not rollout.ended_by_itself)
             for number, group in enumerate(groups)
             for rollout in group.rollouts
-            if rollout.reward is not None and (pieces := token_sequences(rollout, {"reward": rollout.reward}))
+            if rollout.reward is not None
+            for reward in [float(rollout.reward) + rollout.penalty]
+            if (pieces := token_sequences(rollout, {"reward": reward}))
         ]
 
     def __len__(self) -> int:
@@ -133,11 +135,11 @@ class Experience:
         """Only these rollouts, in their old order."""
         self.samples = [self.samples[i] for i in sorted(indices)]
 
-    def leave_out_cut(self) -> int:
-        """Take away the rollouts that a limit cut off, of which there were so many; the others' advantages stay."""
+    def leave_out_cut(self) -> None:
+        """Take away the rollouts that a limit cut off, `num_masked` of them; the others' advantages stay."""
         before = len(self)
         self.samples = [sample for sample in self.samples if not sample.cut]
-        return before - len(self)
+        self.num_masked += before - len(self)
 
     def set_weights(self, weights_S: Sequence[float]) -> None:
         """How many times each rollout counts; those that count 0 times leave."""

@@ -69,7 +69,7 @@ def train(config: LOOPConfig, run: "Run", *, dataset: Any = None, callbacks: "Se
         for step in online.session.steps():
             collected = online.collect(step)
             experience = online.experience(collected)
-            advantages_S = experience.assign_advantages(algorithm)
+            advantages_S = online.advantages(experience)
             if config.algorithm.startswith("loop"):
                 experience.keep(worth_training(advantages_S, config.min_advantage))
             online.record(collected, online.improve(experience, step))

@@ -26,6 +26,7 @@ from llmrl.trainers.setup import build_learner, task_evaluation, task_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+    from torch import Tensor
     from transformers import TrainerCallback
 
 SAID_AFTER_EMPTY = 3
@@ -34,7 +35,7 @@ SAID_AFTER_EMPTY = 3
 class OnlineRun:
     """A run of an online method: what is sampled, what is learned from it, and what surrounds both.
 
-    The methods' loops stand in their own files; every step is `collect`, `experience`, advantages, `improve`, `record`.
+    The methods' loops stand in their own files; every step is `collect`, `experience`, `advantages`, `improve`, `record`.
     """
 
     def __init__(
@@ -151,12 +152,18 @@ class OnlineRun:
         kl_in_loss = self.algorithm.kl == "loss" and self.algorithm.needs_reference
         return kl_in_loss or self.config.entropy_coef > 0 or self.algorithm.needs_critic
 
+    def advantages(self, experience: Experience) -> "Tensor":
+        """Advantages of all that was sampled; then, with `mask_truncated_completions`, what a limit cut off leaves,
+        before anything is chosen of it. Returns the largest |A| of each rollout that is there, [S]."""
+        largest_S = experience.assign_advantages(self.algorithm)
+        if self.config.mask_truncated_completions:
+            largest_S = largest_S[[i for i, sample in enumerate(experience.samples) if not sample.cut]]
+            experience.leave_out_cut()
+        return largest_S
+
     def improve(self, experience: Experience, step: int, critic_alone: Objective | None = None) -> dict[str, float]:
         """The optimizer steps of one step on what has its advantages; the means of their metrics. `critic_alone`:
         through this objective, and the language model stays as it is."""
-        masked = {}
-        if self.config.mask_truncated_completions:
-            masked["rollout/masked"] = float(experience.leave_out_cut())
         if not experience.scored:
             self._score(experience)
         metrics = experience.train(
@@ -170,7 +177,9 @@ class OnlineRun:
             language=critic_alone is None,
         )
         self.sampler.policy_changed()
-        return masked | metrics
+        if self.config.mask_truncated_completions:
+            metrics["rollout/masked"] = float(experience.num_masked)
+        return metrics
 
     def record(self, collected: Collected, metrics: dict[str, float]) -> None:
         """Log the step; ends a run in which nothing has been learned for long, with a checkpoint."""

@@ -61,6 +61,8 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
         Nowhere else do keys become an algorithm. Raises ValueError for keys that it would ignore.
         """
         algorithm = replace(self.published, **self.algorithm_keys())
+        if self.minibatches == "prompts" and algorithm.rollouts_per_update is not None:
+            algorithm = replace(algorithm, rollouts_per_update=self._of_whole_prompts(algorithm.rollouts_per_update))
         settings = self.settings_of(algorithm, **self.loss_keys())
         given = [name for name in ("clip_low", "clip_high") if getattr(self, name) is not None]
         if given and settings.clip == "none":
@@ -71,6 +73,11 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
                 "out, or use algorithm loop, whose band is [1 - clip_low, 1 + clip_high]"
             )
         return replace(algorithm, loss=asdict(settings))
+
+    def _of_whole_prompts(self, rollouts: int) -> int:
+        """The number of rollouts of whole prompts that is nearest to `rollouts`, of one prompt at least."""
+        prompt = self.trained_per_prompt
+        return prompt * max((2 * rollouts + prompt) // (2 * prompt), 1)
 
     def settings_of(self, algorithm: Preset, **own: Any) -> LossSettings:
         """The settings of the algorithm's loss in batches of this configuration, with `own` over them."""

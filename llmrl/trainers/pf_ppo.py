@@ -101,7 +101,7 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
         for step in online.session.steps():
             collected = online.collect(step)
             experience = online.experience(collected)
-            experience.assign_advantages(algorithm)
+            online.advantages(experience)
             metrics: dict[str, float] = {}
             if len(experience):
                 rewards_S, group_S = experience.rewards_S, experience.group_index_S

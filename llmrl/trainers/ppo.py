@@ -92,7 +92,7 @@ def train(config: PPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
         for step in online.session.steps():
             collected = online.collect(step)
             experience = online.experience(collected)
-            experience.assign_advantages(algorithm)
+            online.advantages(experience)
             critic_alone = critic if step < algorithm.critic_warmup else None
             online.record(collected, online.improve(experience, step, critic_alone))
         online.session.finish()

@@ -149,7 +149,7 @@ def train(config: RLSPConfig, run: "Run", *, dataset: Any = None, callbacks: "Se
                 online.weigh(config.weights(alpha))
             collected = online.collect(step)
             experience = online.experience(collected)
-            experience.assign_advantages(algorithm)
+            online.advantages(experience)
             critic_alone = critic if step < algorithm.critic_warmup else None
             online.record(collected, {**online.improve(experience, step, critic_alone), "alpha": alpha})
         online.session.finish()

@@ -209,12 +209,12 @@ def test_bootstrap_interval_holds_the_estimate() -> None:
 def test_metrics_tell_the_policy_from_what_was_kept() -> None:
     rewards, group = torch.tensor([1.0, 0, 0.5, 2, 2, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
     metrics = filtration_metrics(rewards, group, torch.tensor([1, 1, 0, 2, 0, 0]))
+    assert filtration_metrics(rewards, 3 * group + 1, torch.tensor([1, 1, 0, 2, 0, 0])) == metrics  # some are absent
     assert metrics == {
         "filtration/rows_mean": 2,
         "filtration/distinct_rows_mean": 1.5,
         "filtration/frac_groups_equal": 0.5,
         "filtration/reward": 1.25,
-        "reward": 1.25,
     }
 
 

@@ -106,6 +106,13 @@ def test_rollouts_without_a_reward_or_without_a_token_are_no_experience() -> Non
     assert experience.sequence_index_N.tolist() == [0, 1, 1, 1, 2, 2, 2]
 
 
+def test_the_reward_of_a_sequence_is_less_the_punishment_of_length() -> None:
+    experience = Experience([RolloutGroup(1, {}, [replace(simple(1.0), penalty=-0.25)])])
+    ((piece,),) = [sample.pieces for sample in experience.samples]
+    assert piece.values == {"reward": 0.75}
+    assert experience.rewards_S.tolist() == [0.75]
+
+
 # -- advantages and weights --------------------------------------------------------------------------------------------
 
 
@@ -127,7 +134,8 @@ def test_rollouts_that_were_cut_off_count_in_their_group_and_in_no_update() -> N
     too_many = replace(simple(6.0, length=3), end_state="truncated-turns")
     experience, learner = Experience([RolloutGroup(1, {}, [whole, cut, too_many])]), Spy()
     assert experience.assign_advantages(preset("loop")).tolist() == [3.0, 1.5, 4.5]  # 1 - 4, 2 - 3.5, 6 - 1.5
-    assert experience.leave_out_cut() == 2
+    experience.leave_out_cut()
+    assert experience.num_masked == 2
     train(experience, learner)
     (((group,), counts),) = learner.updates
     assert [piece.token_values["advantages"].tolist() for piece in group] == [[-3.0, -3.0]]

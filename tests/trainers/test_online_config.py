@@ -8,6 +8,7 @@ from support.online_run import METHODS
 
 from llmrl.objectives.presets import PRESETS, preset
 from llmrl.objectives.settings import LossSettings
+from llmrl.trainers.experience import _near
 from llmrl.trainers.online_config import OnlineConfig
 
 OF_CRITICS = ("ppo", "rlsp", "pf_ppo")
@@ -102,6 +103,18 @@ def test_beta_goes_where_the_algorithm_has_its_kl() -> None:
 def test_loops_divisor_is_never_more_than_a_steps_rollouts() -> None:
     assert config("loop", prompts_per_step=2).resolve().policy_gradient().sequences_divisor == 16
     assert config("loop", rollouts_per_update=64).resolve().policy_gradient().sequences_divisor == 64
+
+
+@pytest.mark.parametrize(("samples", "size"), [(8, 32), (6, 30), (20, 40), (24, 24), (48, 48), (64, 64)])
+def test_loops_divisor_is_of_whole_prompts_where_updates_are(samples: int, size: int) -> None:
+    """And of so many rollouts updates are, where none has left: each is a full step."""
+    given = config("loop", minibatches="prompts", samples_per_prompt=samples, prompts_per_step=16).resolve()
+    assert (given.policy_gradient().sequences_divisor, given.rollouts_in_update(16 * samples)) == (size, size)
+    prompts = [list(range(i, i + samples)) for i in range(0, 16 * samples, samples)]
+    full = _near(given.rollouts_in_update(16 * samples), prompts)[:-1]
+    assert {len(batch) for batch in full} == {size}
+    free = config("loop", samples_per_prompt=samples, prompts_per_step=16).resolve()
+    assert free.policy_gradient().sequences_divisor == 32
 
 
 @pytest.mark.parametrize(

@@ -135,9 +135,36 @@ def test_truncated_rollouts_are_judged_and_not_trained_on(tmp_path: Path, method
     same = ("reward", "reward_std", "num_tokens", "completions/clipped_ratio")
     assert [tokens[True][name] for name in same] == [tokens[False][name] for name in same]
     assert 0 < tokens[True]["num_trained_tokens"] < tokens[False]["num_trained_tokens"]
-    if method != "pf_ppo":  # there some have left before
-        assert tokens[True]["rollout/masked"] == sum(cut)
+    assert tokens[True]["rollout/masked"] == sum(cut)
     assert "rollout/masked" not in tokens[False]
+
+
+def test_a_filtration_chooses_among_what_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each prompt's five rollouts the best and the worst are cut off; the pair is then of the other three."""
+    (tmp_path / "order.py").write_text(
+        "def order(completions, **_):\n    return [float(i) for i in range(len(completions))]\n"
+    )
+    ends = property(lambda rollout: rollout.reward not in (0.0, 4.0))
+    monkeypatch.setattr(Rollout, "ended_by_itself", ends)
+    trained: list[float] = []
+    train = Experience.train
+
+    def noted(self: Experience, *arguments: Any, **named: Any) -> Any:
+        trained.extend(self.rewards_S.tolist())
+        return train(self, *arguments, **named)
+
+    monkeypatch.setattr(Experience, "train", noted)
+    config = write_online_config(
+        tmp_path, rewards=[f"{tmp_path / 'order.py'}:order"], filtration="best_worst", max_steps=1, eval_rows=0,
+        samples_per_prompt=5, mask_truncated_completions=True, overlong_buffer=0.5,
+    )  # fmt: skip
+    assert run_online("pf_ppo", config) == 0
+    (line,) = metrics(tmp_path / "run")
+    assert (len(trained), line["filtration/rows_mean"], line["rollout/masked"]) == (8, 2, 8)
+    assert line["reward"] == 2  # of all five, before any punishment of length
+    kept_rewards = [one["reward"] + one.get("penalty", 0.0) for one in kept(tmp_path / "run", 1)]
+    groups = [sorted(kept_rewards[5 * i + 1 : 5 * i + 4]) for i in range(4)]
+    assert sorted(trained) == pytest.approx(sorted(one for group in groups for one in (group[0], group[-1])))
 
 
 def test_a_run_in_which_all_that_could_teach_is_masked_ends_with_the_reason(
