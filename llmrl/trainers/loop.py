@@ -45,6 +45,20 @@ class LOOPConfig(OnlineConfig):
     def algorithm_name(self) -> str:
         return self.algorithm
 
+    @property
+    def filters(self) -> bool:
+        """Whether the algorithm leaves out what has a small advantage."""
+        return self.algorithm.startswith("loop")
+
+    def own_keys(self) -> list[tuple[str, Any, Any]]:
+        return super().own_keys() + self._beside_default("min_advantage")
+
+    @model_validator(mode="after")
+    def _a_filter_of_loops(self) -> Self:
+        if not self.filters and any(own != its for _, own, its in self._beside_default("min_advantage")):
+            raise ValueError(f"min_advantage would be ignored: it is LOOP's filter, and {self.algorithm} has none")
+        return self
+
     @model_validator(mode="after")
     def _group_of_one(self) -> Self:
         if self.samples_per_prompt < 2 and self.published.advantage != "reward_to_go":
@@ -70,7 +84,7 @@ def train(config: LOOPConfig, run: "Run", *, dataset: Any = None, callbacks: "Se
             collected = online.collect(step)
             experience = online.experience(collected)
             advantages_S = online.advantages(experience)
-            if config.algorithm.startswith("loop"):
+            if config.filters:
                 experience.keep(worth_training(advantages_S, config.min_advantage))
             online.record(collected, online.improve(experience, step))
         online.session.finish()

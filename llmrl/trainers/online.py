@@ -35,7 +35,8 @@ SAID_AFTER_EMPTY = 3
 class OnlineRun:
     """A run of an online method: what is sampled, what is learned from it, and what surrounds both.
 
-    The methods' loops stand in their own files; every step is `collect`, `experience`, `advantages`, `improve`, `record`.
+    The methods' loops stand in their own files; every step is `collect`, `experience`, `advantages`, `improve` and
+    `record`.
     """
 
     def __init__(

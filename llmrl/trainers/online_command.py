@@ -49,18 +49,33 @@ def describe(config: OnlineConfig, world_size: int) -> dict[str, str | int | flo
     }
 
 
+def _reward(config: OnlineConfig) -> str:
+    """The sum that is maximised, before the algorithm makes advantages of it."""
+    parts = []
+    if config.environment != "question_answer":
+        parts.append(f"{config.environment_weight:g} the environment's own")
+    for entry in config.reward_keys().rewards:
+        options = [f"{name} {value}" for name, value in entry.options.items()]
+        more = ", ".join([*([entry.function] if entry.label != entry.function else []), *options])
+        parts.append(f"{entry.weight:g} {entry.label}{f' ({more})' if more else ''}")
+    return " + ".join(parts) + ("" if config.reward_clip is None else f", held within +-{config.reward_clip:g}")
+
+
 def _in_words(config: OnlineConfig, algorithm: Preset, num_updates: int) -> Iterator[tuple[str, str]]:
     """The algorithm, line by line: how far it is the published one, advantages, loss, KL, the sampler's correction.
     `num_updates`: optimizer steps on the same rollouts."""
     loss = LossSettings(**algorithm.loss)
     own = ", ".join(_differences(config, algorithm))
     yield "algorithm", f"{config.algorithm_name}, {f'but for {own}' if own else 'as published'}"
+    yield "reward", _reward(config)
     advantage: str = algorithm.advantage
     if algorithm.needs_critic:
         advantage += f", gamma {algorithm.gamma:g}, lambda {algorithm.lam:g}"
         advantage += f", {algorithm.critic_warmup} steps for the critic alone" if algorithm.critic_warmup else ""
     if algorithm.whitening != "none":
         advantage += f", whitened ({algorithm.whitening} variance)"
+    if algorithm.score_clip is not None:
+        advantage += f"; rewards are cut to +-{algorithm.score_clip:g}"
     if algorithm.dynamic_sampling:
         advantage += "; prompts of equal rewards are replaced"
     if algorithm.overlong_buffer:
@@ -95,8 +110,7 @@ def _differences(config: OnlineConfig, algorithm: Preset) -> list[str]:
     if algorithm.loss["correction"] == "none":
         derived += ["correction_level", "correction_cap"]
     pairs += [(name, own, theirs[name]) for name, own in algorithm.loss.items() if name not in derived]
-    for name in ("minibatches", "mask_truncated_completions"):
-        pairs.append((name, getattr(config, name), type(config).model_fields[name].default))
+    pairs += config.own_keys()
     said = [f"{name} {own} (published: {its})" for name, own, its in pairs if own != its]
     by_updates = f"(published: {published.updates} updates an epoch)"
     return [line.replace("(published: None)", by_updates) if "rollouts_per_update" in line else line for line in said]

@@ -36,6 +36,14 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
             return self.max_steps
         return math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_step)
 
+    def own_keys(self) -> list[tuple[str, Any, Any]]:
+        """Keys beside the algorithm's own that change what is rewarded or trained on: (name, value, as published)."""
+        return self._beside_default("minibatches", "mask_truncated_completions", "reward_clip")
+
+    def _beside_default(self, *names: str) -> list[tuple[str, Any, Any]]:
+        fields = type(self).model_fields
+        return [(name, getattr(self, name), fields[name].get_default(call_default_factory=True)) for name in names]
+
     def reward_keys(self) -> RewardKeys:
         """What the reward functions are built from."""
         return self

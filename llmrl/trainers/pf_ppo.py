@@ -78,6 +78,7 @@ check = online_command.check
 def describe(config: PFPPOConfig, world_size: int) -> dict[str, str | int | float]:
     """The derived batch arithmetic and the algorithm in force, from the configuration alone."""
     kept = f"{config.filtration}: {config.trained_per_prompt} of {config.samples_per_prompt} rollouts of a prompt"
+    kept += f", drawn by |reward|^{config.filtration_power:g}" if config.filtration == "power" else ""
     return {**online_command.describe(config, world_size), "trained on": kept}
 
 

@@ -48,6 +48,9 @@ class CriticConfig(OnlineConfig):
         own = {} if self.value_coef is None else {"value_coef": self.value_coef}
         return super().loss_keys() | own | {"value_clip": self.value_clip}
 
+    def own_keys(self) -> list[tuple[str, Any, Any]]:
+        return super().own_keys() + self._beside_default("value_gradient")
+
     @model_validator(mode="after")
     def _the_critic_is_the_baseline(self) -> Self:
         if self.dynamic_sampling and not self.ranks_prompts:

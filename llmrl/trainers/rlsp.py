@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmrl.runs import Run
 
 VERIFIER, EXPLORATION, JUDGE, BOXED = "verifier", "exploration", "judge", "boxed"
+DERIVED = ("form_of_reward", "judge", "verifier", "alpha", "alpha_end", "length_constant", "exploration_options")
+"""Keys that RLSP's rewards are made of."""
 
 
 class RLSPConfig(CriticConfig):
@@ -65,13 +67,15 @@ class RLSPConfig(CriticConfig):
     def algorithm_name(self) -> str:
         return self.method
 
+    def own_keys(self) -> list[tuple[str, Any, Any]]:
+        replaced = [("rewards", "one's own", "RLSP's")] if self.rewards else []
+        judge = [] if self.judge is None else [("judge", self.judge.function, "none")]
+        plain = [key for key in DERIVED if key != "judge"]
+        return super().own_keys() + replaced + judge + self._beside_default(*plain, "reward_missing")
+
     @model_validator(mode="after")
     def _own_rewards(self) -> Self:
-        derived = (
-            "form_of_reward", "judge", "verifier", "alpha", "alpha_end", "length_constant", "exploration_options",
-        )  # fmt: skip
-        fields = type(self).model_fields
-        given = [key for key in derived if getattr(self, key) != fields[key].get_default(call_default_factory=True)]
+        given = [key for key, own, its in self._beside_default(*DERIVED) if own != its]
         if self.rewards and given:
             raise ValueError(
                 f"`rewards` replaces RLSP's own, so that {', '.join(given)} would be ignored: give one or other"

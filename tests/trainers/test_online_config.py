@@ -75,6 +75,38 @@ def test_the_dry_run_says_what_is_in_force() -> None:
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "settings", "said"),
+    [
+        (
+            "rlsp",
+            {"alpha": 0.1, "length_constant": 5},
+            "alpha 0.1 (published: 0.8), length_constant 5.0 (published: 1000.0)",
+        ),
+        ("rlsp", {"form_of_reward": "code"}, "form_of_reward code (published: paper)"),
+        ("rlsp", {"alpha_end": 1}, "alpha_end 1.0 (published: None)"),
+        ("rlsp", {"judge": "j.py:effort"}, "judge j.py:effort (published: none)"),
+        ("rlsp", {"verifier": "correct_number"}, "verifier correct_number (published: accuracy)"),
+        ("rlsp", {"exploration_options": {"cap": 9}}, "exploration_options {'cap': 9} (published: {})"),
+        ("rlsp", {"reward_missing": "leave_out"}, "reward_missing leave_out (published: no_score)"),
+        ("rlsp", {"rewards": ["correct_number"]}, "rewards one's own (published: RLSP's)"),
+        ("loop", {"min_advantage": 0.5}, "min_advantage 0.5 (published: 0.01)"),
+        ("loop", {"minibatches": "prompts"}, "minibatches prompts (published: rollouts)"),
+        ("grpo", {"reward_clip": 2}, "reward_clip 2.0 (published: None)"),
+        ("ppo", {"value_gradient": True}, "value_gradient True (published: False)"),
+    ],
+)
+def test_the_dry_run_says_what_else_is_not_as_published(algorithm: str, settings: dict[str, Any], said: str) -> None:
+    assert described(algorithm, **settings)["algorithm"] == f"{algorithm}, but for {said}"
+
+
+def test_the_dry_run_says_what_is_rewarded() -> None:
+    assert described("loop")["reward"] == "1 correct_number"
+    assert described("rlsp", alpha=0.75)["reward"] == "0.75 verifier (accuracy) + 0.25 exploration (scale 1000.0)"
+    game = {"environment": "wordle", "rewards": [], "rollout": {"max_turns": 6}, "environment_weight": 2}
+    assert described("loop", reward_clip=3, **game)["reward"] == "2 the environment's own, held within +-3"
+
+
+@pytest.mark.parametrize(
     ("key", "value", "field"),
     [
         ("epochs_per_step", 3, "epochs"), ("rollouts_per_update", 16, "rollouts_per_update"), ("gamma", 0.9, "gamma"),
@@ -123,6 +155,7 @@ def test_loops_divisor_is_of_whole_prompts_where_updates_are(samples: int, size:
         ("loop_code", {"clip_low": 0.1}, r"clip_low would be ignored: the band of LOOP's code is \[1 / \(1 \+ clip_h"),
         ("rloo", {"clip_high": 0.3}, "clip_high would be ignored: this algorithm does not clip"),
         ("reinforce", {"clip_low": 0.3}, "clip_low would be ignored"),
+        ("grpo", {"min_advantage": 0.5}, "min_advantage would be ignored: it is LOOP's filter, and grpo has none"),
         ("ppo", {"dynamic_sampling": True}, "a critic is the baseline"),
         ("rlsp", {"dynamic_sampling": True}, "a critic is the baseline"),
         ("reinforce_plus_plus", {"dynamic_sampling": True, "samples_per_prompt": 1}, "samples_per_prompt 1 that is"),
