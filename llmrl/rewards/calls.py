@@ -29,8 +29,8 @@ class _FailedCallError(Exception):
 @dataclass
 class Tally:
     """Of one function, over all calls. `no_score`: completions without one; of these `invalid` were given something
-    that is no finite number. `failures`: calls that raised or timed out, or whose values were all invalid.
-    `abandoned`: threads left behind, which cannot be ended."""
+    that is no finite number, or outside of its range. `failures`: calls that raised or timed out, or whose values were
+    all invalid. `abandoned`: threads left behind, which cannot be ended."""
 
     calls: int = 0
     no_score: int = 0
@@ -44,9 +44,17 @@ class Caller:
     """Calls one reward function: in the event loop if it is asynchronous, else in a thread, one call at a time."""
 
     def __init__(
-        self, label: str, function: RewardFunction, timeout_seconds: float, max_failures: int, say: Say
+        self,
+        label: str,
+        function: RewardFunction,
+        timeout_seconds: float,
+        max_failures: int,
+        say: Say,
+        within: tuple[float, float] | None = None,
     ) -> None:
+        """`within`: [low, high], outside of which a number is no score."""
         self.label, self.function, self.say = label, function, say
+        self.within = within
         self.timeout = None if function.bounded else timeout_seconds
         self.max_failures = max_failures
         self.tally = Tally()
@@ -62,7 +70,7 @@ class Caller:
             returned = await self._run(arguments)
             scores, invalid = self._scores(returned, count)
             if invalid and len(invalid) == count:
-                raise _FailedCallError(f"returned {_short(invalid[0])}, which is no finite number, for all completions")
+                raise _FailedCallError(f"returned {_short(invalid[0])}, which is {self._wrong}, for all completions")
         except _FailedCallError as failure:
             scores, invalid = [None] * count, []
             self._failed(str(failure))
@@ -147,8 +155,17 @@ class Caller:
             raise RunFailedError(f"reward function {self.label} returned {_short(returned)}; {expected}")
         if len(values) != count:
             raise RunFailedError(f"reward function {self.label} returned {len(values)} values; {expected}")
-        scores = [_number(value) for value in values]
+        scores = [self._score(value) for value in values]
         return scores, [v for v, score in zip(values, scores, strict=True) if score is None and v is not None]
+
+    def _score(self, value: Any) -> float | None:
+        number = _number(value)
+        inside = number is None or self.within is None or self.within[0] <= number <= self.within[1]
+        return number if inside else None
+
+    @property
+    def _wrong(self) -> str:
+        return "no finite number" if self.within is None else f"no number from {self.within[0]:g} to {self.within[1]:g}"
 
     def _failed(self, why: str) -> None:
         self.tally.failures += 1
@@ -163,8 +180,8 @@ class Caller:
     def _mention(self, invalid: list[Any], count: int) -> None:
         if invalid and not self.tally.invalid:
             self.say(
-                f"reward function {self.label} gave {_short(invalid[0])} for {len(invalid)} of {count} completions, "
-                "which counts as no score (said once)"
+                f"reward function {self.label} gave {_short(invalid[0])}, {self._wrong}, in a call in which "
+                f"{len(invalid)} of {count} completions got none: that counts as no score (said once)"
             )
 
 

@@ -32,7 +32,7 @@ def reward_model(path: str, options: dict[str, Any], say: Say) -> RewardFunction
         return validate_call(_reward_model)(path, say, **options)
     except ValidationError as error:
         mistakes = "; ".join(f"option `{d['loc'][0]}`: {d['msg']}, got {d['input']!r}" for d in error.errors())
-        known = "dtype, batch_size, max_length and wait_seconds"
+        known = "dtype, batch_size, max_length, wait_seconds and sigmoid"
         raise RefusedError(f"rewards: {path}: {mistakes}. It takes {known}") from None
 
 
@@ -44,10 +44,12 @@ def _reward_model(
     batch_size: Annotated[int, Field(ge=1)] = 16,
     max_length: Annotated[int, Field(ge=2)] | None = None,
     wait_seconds: Annotated[float, Field(ge=0, le=10)] | None = None,
+    sigmoid: bool = False,
 ) -> RewardFunction:
     """`max_length`: longer sequences have no score; the model's own limit when not given. `dtype` auto: bfloat16 on a
     GPU, float32 on a CPU. `wait_seconds`: how long calls wait for one another to fill a batch; 0: each has batches of
-    its own, so that a run repeats to the last bit. When not given, 0.02 on a GPU and 0 on a CPU."""
+    its own, so that a run repeats to the last bit. When not given, 0.02 on a GPU and 0 on a CPU. `sigmoid`: a
+    score s becomes 1 / (1 + exp(-s)), which lies in [0, 1]."""
     limit = _checked(path)
     gpu = torch.cuda.is_available()
     held = {"auto": torch.bfloat16 if gpu else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -67,7 +69,8 @@ def _reward_model(
         return [ids if ids and (longest is None or len(ids) <= longest) else None for ids in found]
 
     def scores(sequences: list[list[int]]) -> list[float]:
-        return score(model, sequences, tokenizer.pad_token_id, batch_size).tolist()
+        found = score(model, sequences, tokenizer.pad_token_id, batch_size)
+        return (found.sigmoid() if sigmoid else found).tolist()
 
     usual = WAIT_SECONDS if gpu else 0.0
     batches = Batches(sequences, scores, batch_size, usual if wait_seconds is None else wait_seconds)
@@ -75,7 +78,7 @@ def _reward_model(
     async def reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> Rewards:
         return await batches.scores(prompts, completions)
 
-    return RewardFunction(reward, bounded=True, is_model=True)
+    return RewardFunction(reward, bounded=True, is_model=True, is_logit=not sigmoid)
 
 
 def sequence_of(encoder: Encoder, prompt: Any, completion: Any) -> list[int] | None:

@@ -40,13 +40,14 @@ class RewardFunction:
 
     `needs`: of each group of columns it takes the first that is there. `bounded`: it cannot hang, so that no limit is
     put on a whole call (its work is limited piece by piece). `is_model`: it reads what the policy read, dialogues also
-    where prompts and completions are text.
+    where prompts and completions are text. `is_logit`: its scores are of any size.
     """
 
     call: Callable[..., Any]
     needs: tuple[tuple[str, ...], ...] = ()
     bounded: bool = False
     is_model: bool = False
+    is_logit: bool = False
 
     def __call__(self, **arguments: Any) -> Any:
         return self.call(**arguments)

@@ -67,6 +67,11 @@ class RewardKeys(Keys):
     verifier_timeout_seconds: Annotated[float, Field(gt=0)] = 5.0
     """A verification that takes longer is ended and gives no score."""
 
+    @property
+    def score_ranges(self) -> dict[str, tuple[float, float]]:
+        """Of functions, by label, whose scores must lie within bounds: what lies outside is no score."""
+        return {}
+
     @model_validator(mode="after")
     def _distinct_rewards(self) -> Self:
         labels = [entry.label for entry in self.rewards]

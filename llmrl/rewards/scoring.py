@@ -13,11 +13,12 @@ event loop is never blocked; a function's failure costs its own scores only, unt
 """
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmrl.errors import RefusedError
+from llmrl.errors import RefusedError, RunFailedError
 from llmrl.rewards.calls import Caller, Say, Tally
 from llmrl.rewards.functions import Rewards
 from llmrl.rewards.keys import RewardKeys
@@ -54,9 +55,16 @@ class Scorer:
                 keys.reward_timeout_seconds,
                 keys.reward_max_failures,
                 say,
+                keys.score_ranges.get(entry.label),
             )
             for entry in keys.rewards
         }
+        for label, caller in self._callers.items():
+            if caller.within is not None and caller.function.is_logit:
+                raise RefusedError(
+                    f"{label}: a reward model's scores are of any size, and these must lie from {caller.within[0]:g} to "
+                    f"{caller.within[1]:g}. Remedy: its option sigmoid (options: {{sigmoid: true}})"
+                )
         self._recent: dict[str, list[float]] = {}  # what functions logged
         self._told: dict[str, float] = {}
 
@@ -85,18 +93,18 @@ class Scorer:
         Prompts and completions are texts or lists of messages. `dialogues`: (prompt, completion) of each as a reward
         model is to read them, where that is something else.
 
-        Raises RunFailedError as `Caller` does.
+        Raises RunFailedError as `Caller` does, and for columns of `log_extra` without an entry for each completion.
         """
         for name, values in {"prompts": prompts, "completion_ids": completion_ids, **columns}.items():
             if len(values) != len(completions):
                 raise ValueError(f"{len(completions)} completions, but {len(values)} {name}")
         extra: dict[str, list[Any]] = {}
+        wrong: list[str] = []
         arguments = {
             **columns,
             "prompts": list(prompts),
             "completions": list(completions),
             "completion_ids": list(completion_ids),
-            "log_extra": lambda name, values: extra.update({name: list(values)}),
             "log_metric": lambda name, value: self._recent.setdefault(name, []).append(float(value)),
         }
         if trainer_state is not None:
@@ -104,14 +112,29 @@ class Scorer:
         for_models = dict(arguments)
         if dialogues is not None:
             for_models |= {"prompts": [p for p, _ in dialogues], "completions": [c for _, c in dialogues]}
-        by_function = await self._all(arguments, for_models, len(completions))
+
+        def log_extra(of: str, name: str, values: Sequence[Any]) -> None:
+            extra[name] = list(values)
+            if len(extra[name]) != len(completions):
+                wrong.append(f"reward function {of} logged {len(extra[name])} values of {name} with log_extra")
+
+        by_function = await self._all(arguments, for_models, len(completions), log_extra)
+        if wrong:
+            raise RunFailedError(
+                f"{wrong[0]}; expected {len(completions)}, one a completion. Mend it and resume the run"
+            )
         totals = [self._total(values) for values in zip(*by_function.values(), strict=True)]
         return Scores(totals, by_function, extra)
 
-    async def _all(self, arguments: dict[str, Any], for_models: dict[str, Any], count: int) -> dict[str, Rewards]:
+    async def _all(
+        self, arguments: dict[str, Any], for_models: dict[str, Any], count: int, log_extra: Callable[..., None]
+    ) -> dict[str, Rewards]:
+        def given(label: str, is_model: bool) -> dict[str, Any]:
+            return {**(for_models if is_model else arguments), "log_extra": functools.partial(log_extra, label)}
+
         tasks = [
-            asyncio.ensure_future(caller(for_models if caller.function.is_model else arguments, count))
-            for caller in self._callers.values()
+            asyncio.ensure_future(caller(given(label, caller.function.is_model), count))
+            for label, caller in self._callers.items()
         ]
         try:
             found = await asyncio.gather(*tasks)

@@ -219,7 +219,8 @@ class HuggingFaceEngine(SteppedEngine):
         if not keeps_keys or cache.get_seq_length() != length:
             raise RefusedError(
                 f"{type(base_model(self.model)).__name__} does not keep its past as keys and values of each token, "
-                "and this engine samples only from models that do. Leave task_evaluation out for this model"
+                "and the huggingface engine, which answers problems of task_evaluation too, samples only from models "
+                "that do. Remedy: engine.kind vllm or vllm_server for rollouts, and no task_evaluation"
             )
 
     def _can_skip_padding(self, cache: DynamicCache) -> bool:

@@ -142,9 +142,7 @@ class OnlineTask:
             rollout.scores = dict(own)
             if found is not None:
                 rollout.scores |= {name: scores[i] for name, scores in found.by_function.items()}
-                rollout.extra = {
-                    name: values[i] for name, values in found.extra.items() if len(values) == len(rollouts)
-                }
+                rollout.extra = {name: values[i] for name, values in found.extra.items()}
                 part = found.totals_S[i]
                 silent = part is None and self.config.reward_missing == "no_score"
                 total = None if silent else part if total is None else total + (part or 0.0)

@@ -47,8 +47,9 @@ class RLSPConfig(CriticConfig):
     form_of_reward: Literal["paper", "code"] = "paper"
     """paper: alpha V + (1 - alpha) Rex; code: V + Rex, -0.5 without a box, characters before it counted."""
     judge: RewardFunctionKeys | None = None
-    """A reward function of yours or a reward model that grades effort and not correctness, in [0, 1]. With form paper
-    it is Rex in place of the length; with code the reward is alpha (V + length) + (1 - alpha) judge."""
+    """A reward function of yours, or a reward model with the option sigmoid, that grades effort and not correctness, in
+    [0, 1]: what lies outside is no score. With form paper it is Rex in place of the length; with code the reward is
+    alpha (V + length) + (1 - alpha) judge."""
     reward_missing: Literal["leave_out", "no_score"] = "no_score"
     """Where a function has no score for a completion: it is not trained on, or the sum goes without (the verifier's
     silence would then count as wrong)."""
@@ -117,6 +118,10 @@ class RLSPConfig(CriticConfig):
             for name, weight in self.weights(self.alpha).items()
         ]
         return self.model_copy(update={"rewards": entries})
+
+    @property
+    def score_ranges(self) -> dict[str, tuple[float, float]]:
+        return {} if self.judge is None else {JUDGE: (0.0, 1.0)}
 
     def weights(self, alpha: float) -> dict[str, float]:
         """Of the rewards, by their names in metrics: (verifier, exploration, judge) is (alpha, 1 - alpha, 0) in the

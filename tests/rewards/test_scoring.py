@@ -173,6 +173,36 @@ def test_what_is_no_finite_number_is_no_score(scorer: Callable[..., Scorer], bad
     assert "no score" in said[0]
 
 
+def test_what_lies_outside_of_a_range_is_no_score(
+    scorer: Callable[..., Scorer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RewardKeys, "score_ranges", {"judge": (0.0, 1.0)})
+    said: list[str] = []
+    made = scorer(fixed([1.0, 2.5], "judge"), fixed([7.0, -7.0], "free"), said=said)
+    assert score(made).by_function == {"judge": [1.0, None], "free": [7.0, -7.0]}
+    assert "judge gave 2.5 (float), no number from 0 to 1, in a call in which 1 of 2 completions got none" in said[0]
+    failing = scorer(fixed([100, -0.01], "judge"), said=said, reward_max_failures=2)
+    assert score(failing).totals_S == [None, None]
+    with pytest.raises(RunFailedError, match=r"judge failed 2 times .* 100 \(int\), which is no number from 0 to 1"):
+        score(failing)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_column_that_is_logged_has_an_entry_for_each_completion(scorer: Callable[..., Scorer], count: int) -> None:
+    def plain(completions: Any, log_extra: Any) -> list[float]:
+        log_extra("fine", completions)
+        return [1.0, 2.0]
+
+    def notes(completions: Any, log_extra: Any) -> list[float]:
+        log_extra("length", [5] * count)
+        return [1.0, 2.0]
+
+    with pytest.raises(
+        RunFailedError, match=f"function notes logged {count} values of length with log_extra; expected 2"
+    ):
+        score(scorer(plain, notes))
+
+
 def test_only_nan_is_a_failing_function(scorer: Callable[..., Scorer]) -> None:
     made = scorer(fixed([float("nan")] * 2), reward_max_failures=2)
     assert score(made).totals_S == [None, None]
