@@ -91,7 +91,6 @@ class Learner:
         self.frozen = self._frozen_reference() if self.reference_kind == "frozen" else None
 
         self.optimizer = adamw(self.policy, options)
-        self._overflows = self._skipped = 0
         self.scheduler = get_scheduler(
             options.lr_scheduler_type,
             self.optimizer,
@@ -105,7 +104,8 @@ class Learner:
             self.accelerator, self.policy, self.optimizer, options.max_grad_norm, apart
         )
         # The scheduler is not prepared: accelerate would step it once per rank.
-        state.register(self.accelerator, self.policy, self.scheduler)
+        self._course = state.Course(self.scheduler)
+        state.register(self.accelerator, self.policy, self._course)
         if self.frozen is not None:
             # An engine that casts the policy's weights (DeepSpeed in half precision) must not leave the copy behind.
             self.frozen.to(next(self.policy.parameters()).dtype)
@@ -254,15 +254,16 @@ class Learner:
 
     def _applied(self, loss: float, grad_norm: float) -> bool:
         """Whether the update changed the weights; raises RunFailedError when it should have and did not."""
-        self._overflows = self._overflows + 1 if self.backend.overflowed else 0
-        if np.isfinite(loss) and 0 < self._overflows < MOST_OVERFLOWS:
+        course = self._course
+        course.overflows = course.overflows + 1 if self.backend.overflowed else 0
+        if np.isfinite(loss) and 0 < course.overflows < MOST_OVERFLOWS:
             return False
         if np.isfinite(loss) and np.isfinite(grad_norm):
-            self._skipped = 0
+            course.skipped = 0
             return True
-        self._skipped += 1
-        if self._skipped > self.options.most_skipped or self.backend.applied:
-            times = f", {self._skipped} updates in a row" if self._skipped > 1 else ""
+        course.skipped += 1
+        if course.skipped > self.options.most_skipped or self.backend.applied:
+            times = f", {course.skipped} updates in a row" if course.skipped > 1 else ""
             raise RunFailedError(
                 f"loss {loss}, gradient norm {grad_norm}: not finite{times}. "
                 "Lower learning_rate, or use dtype float32 or bfloat16 rather than float16."

@@ -5,6 +5,7 @@ adapter's checkpoint stays small.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,26 @@ from llmrl.learner.policy import Policy
 TRAINED = "trained.safetensors"
 
 
-def register(accelerator: Accelerator, policy: Policy, scheduler: Any) -> None:
-    """Tell accelerate what a checkpoint holds: the trainable parameters and the schedule, besides optimizer and RNG."""
-    accelerator.register_for_checkpointing(scheduler)
+@dataclass
+class Course:
+    """Where training stands beside weights and optimizer: the schedule, and the updates in a row that float16's loss
+    scale spoiled (`overflows`) or that were left out as not finite (`skipped`)."""
+
+    scheduler: Any
+    overflows: int = 0
+    skipped: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"schedule": self.scheduler.state_dict(), "overflows": self.overflows, "skipped": self.skipped}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(saved["schedule"])
+        self.overflows, self.skipped = saved["overflows"], saved["skipped"]
+
+
+def register(accelerator: Accelerator, policy: Policy, course: Course) -> None:
+    """Tell accelerate what a checkpoint holds: the trainable parameters and the course, besides optimizer and RNG."""
+    accelerator.register_for_checkpointing(course)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
 

@@ -62,8 +62,8 @@ class Scorer:
         for label, caller in self._callers.items():
             if caller.within is not None and caller.function.is_logit:
                 raise RefusedError(
-                    f"{label}: a reward model's scores are of any size, and these must lie from {caller.within[0]:g} to "
-                    f"{caller.within[1]:g}. Remedy: its option sigmoid (options: {{sigmoid: true}})"
+                    f"{label}: a reward model's scores are of any size, and here they must lie from "
+                    f"{caller.within[0]:g} to {caller.within[1]:g}. Remedy: its option sigmoid, true"
                 )
         self._recent: dict[str, list[float]] = {}  # what functions logged
         self._told: dict[str, float] = {}
@@ -120,9 +120,8 @@ class Scorer:
 
         by_function = await self._all(arguments, for_models, len(completions), log_extra)
         if wrong:
-            raise RunFailedError(
-                f"{wrong[0]}; expected {len(completions)}, one a completion. Mend it and resume the run"
-            )
+            expected = f"expected {len(completions)}, one a completion"
+            raise RunFailedError(f"{wrong[0]}; {expected}. Mend the function, and resume the run")
         totals = [self._total(values) for values in zip(*by_function.values(), strict=True)]
         return Scores(totals, by_function, extra)
 

@@ -56,7 +56,7 @@ class OnlineRun:
         total_steps = config.num_steps(len(task.data.train))
         self.learner = online_learner(config, algorithm, total_steps, run.note, **learner_options)
         self.sampler = Sampler(config, algorithm, task, self.learner, run)
-        self.learner.accelerator.register_for_checkpointing(self.sampler)
+        self.learner.accelerator.register_for_checkpointing(self)
         self.objective = algorithm.policy_gradient().objective()
         self._answers = task_evaluation(problems, self.learner.causal_lm, self.learner.accelerator, run)
         self.session = Session(
@@ -64,6 +64,14 @@ class OnlineRun:
         )
         task.trainer_state = lambda: self.session.state
         self._empty_steps, self._all_cut_said = 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint; called on all ranks."""
+        return {"sampler": self.sampler.state_dict(), "empty_steps": self._empty_steps}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(saved["sampler"])
+        self._empty_steps = saved["empty_steps"]
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +195,8 @@ class OnlineRun:
         self.session.record({**collected.of_judging, **rollout_metrics(collected), **metrics})
         told_apart = tells_apart(collected.groups, over_step=self.algorithm.compares_step)
         self._empty_steps = 0 if told_apart and metrics["updates"] else self._empty_steps + 1
-        if self._empty_steps not in (SAID_AFTER_EMPTY, self.config.max_empty_steps):
+        is_last = self._empty_steps >= self.config.max_empty_steps
+        if not is_last and self._empty_steps != SAID_AFTER_EMPTY:
             return
         mean = mean_reward(collected.groups)
         cause = "no rollout has a reward" if math.isnan(mean) else f"all rollouts are equally good (mean {mean:.4g})"
@@ -195,7 +204,7 @@ class OnlineRun:
             cause = "whatever could teach ran into a limit, and mask_truncated_completions leaves it out"
         said = f"nothing could be learned in {self._empty_steps} steps in a row: {cause}"
         self.run.note(said)
-        if self._empty_steps == self.config.max_empty_steps:
+        if is_last:
             with self.session.before_updates():
                 raise RunFailedError(
                     f"{said}. Choose easier or harder prompts, a reward with more grades, more samples_per_prompt, or "

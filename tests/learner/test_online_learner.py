@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -261,6 +262,18 @@ def test_updates_that_are_not_finite_are_left_out_and_counted_until_there_are_to
     assert [learner.update(groups, broken)["skipped_updates"] for _ in range(2)] == [1, 1]
     with pytest.raises(RunFailedError, match="not finite, 3 updates in a row"):
         learner.update(groups, broken)
+
+
+def test_updates_in_a_row_are_counted_on_after_a_checkpoint(draw: np.random.Generator, tmp_path: Path) -> None:
+    groups = rollouts(draw)
+    broken = Objective(lambda logprobs_N, scored: ((logprobs_N.sum() * 0).sqrt(), {}))
+    first, second = build(most_skipped=2), build(most_skipped=2)
+    for _ in range(2):
+        first.update(groups, broken)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    with pytest.raises(RunFailedError, match="not finite, 3 updates in a row"):
+        second.update(groups, broken)
 
 
 def test_a_loss_that_is_not_finite_is_not_learned_from_although_its_gradient_is(draw: np.random.Generator) -> None:

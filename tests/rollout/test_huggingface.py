@@ -31,9 +31,7 @@ def logprobs_of(model: torch.nn.Module, prompt: list[int], completion: list[int]
 def test_a_model_that_keeps_its_past_otherwise_is_refused():
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2, eos_token_id=STOP)
-    with pytest.raises(
-        RefusedError, match="MambaForCausalLM does not keep its past as keys .* Remedy: engine.kind vllm"
-    ):
+    with pytest.raises(RefusedError, match=r"MambaForCausalLM does not keep its past .* Remedy: engine\.kind vllm"):
         HuggingFaceEngine(MambaForCausalLM(config), Tokenizer()).generate(PROMPTS[:1], SamplingParams(4))
 
 

@@ -1,6 +1,7 @@
 """What stands between a method's objective and its loop: rewards as published, warm-ups, filters, reasons to stop."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,21 @@ def test_rewards_that_differ_between_prompts_alone_teach_what_compares_the_step(
     code = run_online(method, write_online_config(tmp_path, **own, max_steps=3, eval_rows=0, **settings))
     assert code == (0 if settings or method == "ppo" else 1)
     assert ("nothing could be learned" in capsys.readouterr().err) == (code == 1)
+
+
+def test_steps_in_which_nothing_is_learned_are_counted_on_by_a_resumed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "equal.py").write_text(EQUAL)
+    own = {"rewards": [f"{tmp_path / 'equal.py'}:equal"], "max_empty_steps": 4, "save_steps": 2, "max_steps": 9}
+    config = write_online_config(tmp_path, **own, eval_rows=0, save_total_limit=9)
+    assert run_online("loop", config) == 1
+    assert "nothing could be learned in 4 steps in a row" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_4")
+    for done in (4, 5):  # from step 2; then from the last, whose next step is one too many already
+        assert run_online("loop", config, "--resume_from_checkpoint", "latest") == 1
+        assert f"nothing could be learned in {done} steps in a row" in capsys.readouterr().err
+        assert sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1].name == f"step_{done}"
 
 
 def test_dapo_judges_groups_before_it_punishes_length(tmp_path: Path) -> None:

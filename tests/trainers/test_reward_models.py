@@ -41,7 +41,7 @@ def judged_by(model: Path, **options: Any) -> RLSPConfig:
 
 def test_a_reward_model_judges_within_0_and_1_or_not_at_all(liked: Path) -> None:
     """It is a judge of RLSP's through a sigmoid; its own scores, of any size, would outweigh the verifier."""
-    with pytest.raises(RefusedError, match=r"judge: a reward model's scores are of any size.*sigmoid: true"):
+    with pytest.raises(RefusedError, match=r"judge: a reward model's scores are of any size.*its option sigmoid, true"):
         Scorer(judged_by(liked).reward_keys(), print)
 
     def scores(keys: RewardKeys) -> Scores:
