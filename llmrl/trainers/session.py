@@ -119,9 +119,10 @@ class Session:
     def _load(self, checkpoint: Path) -> None:
         try:
             self.learner.load(checkpoint)
-        except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
             raise RunFailedError(
-                f"{checkpoint} cannot be loaded, so its files must have been changed since they were written "
+                f"{checkpoint} cannot be loaded, so its files must have been changed since they were written, or another "
+                "version of llmrl has written them "
                 f"({type(error).__name__}: {str(error).splitlines()[0][:200]}). Name an older one: "
                 "--resume_from_checkpoint PATH"
             ) from error
