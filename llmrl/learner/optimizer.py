@@ -55,7 +55,12 @@ def _parameter_groups(policy: Policy, options: "LearnerOptions") -> list[dict[st
     for part, parameters, rate in ((LANGUAGE, language, options.learning_rate), (VALUE_HEAD, head, value_rate)):
         own = {"lr": rate, "part": part}
         groups += [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay, **own},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, **own},
+            {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": options.weight_decay, **own},
+            {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0, **own},
         ]
     return [g for g in groups if g["params"]]
+
+
+def _is_matrix(parameter: torch.nn.Parameter) -> bool:
+    """By the whole parameter's shape: what ZeRO-3 leaves of it on a rank is empty and flat."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1

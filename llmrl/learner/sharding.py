@@ -4,6 +4,7 @@ Invariants
 - A loss handed to `backward` is a sum over this rank's items divided by a *global* count. DDP and ZeRO average over
   ranks, so it is multiplied by the number of ranks here, and only here.
 - Gradients are reduced over ranks once per optimizer step, however many micro-batches there were.
+- Only the policy is split (ZeRO-3): a model made after it, by us or by a reward function, is whole on each rank.
 - What was launched is what runs: `accelerate` starts unconnected single processes in several combinations of launch
   file and arguments (each then trains apart, in silence), so the outcome is checked.
 """
@@ -19,8 +20,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 from llmrl.errors import RefusedError
+from llmrl.learner.gradient_apart import GradientApart
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """More than any rank does alone while the others wait in a collective. What may take longer ends in a `Meeting`."""
@@ -133,7 +136,12 @@ class DeepSpeedBackend:
     """ZeRO-1/2/3 through accelerate's plugin; the engine is driven directly: `Accelerator.backward` would step it."""
 
     def __init__(
-        self, accelerator: Accelerator, policy: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+        self,
+        accelerator: Accelerator,
+        policy: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        apart: nn.Module | None = None,
     ) -> None:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=max_grad_norm)
@@ -144,6 +152,9 @@ class DeepSpeedBackend:
         self.accelerator, self.applied, self.overflowed = accelerator, False, False
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         self.engine: Any = self.model
+        # transformers would go on splitting every model that is made: one made by a single rank waits for the others.
+        unset_hf_deepspeed_config()
+        self.apart = None if apart is None else GradientApart(apart, self.engine, max_grad_norm)
 
     def step(self) -> AbstractContextManager[None]:
         return self.engine.coalesce_grad_reduction()
@@ -156,7 +167,8 @@ class DeepSpeedBackend:
 
     def apply(self) -> float:
         self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.step()
+        with contextlib.nullcontext() if self.apart is None else self.apart.brought_in():
+            self.engine.step()
         # ZeRO calls any gradient that is not finite an overflow, in every precision, and steps over it.
         self.applied = not getattr(self.engine.optimizer, "overflow", False)
         self.overflowed = not self.applied and bool(self.engine.fp16_enabled())
@@ -170,10 +182,10 @@ def build_backend(
     max_grad_norm: float,
     apart: nn.Module | None = None,
 ) -> Backend:
-    """The backend for what was launched. `apart`: a part of the policy whose gradient is clipped on its own (DeepSpeed
-    clips all together)."""
+    """The backend for what was launched. `apart`: a part of the policy, whose optimizer groups are marked
+    `part: VALUE_HEAD`; its gradient is clipped on its own, and is not in the norm that `apply` returns."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return DeepSpeedBackend(accelerator, policy, optimizer, max_grad_norm)
+        return DeepSpeedBackend(accelerator, policy, optimizer, max_grad_norm, apart)
     return PlainBackend(accelerator, policy, optimizer, max_grad_norm, apart)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from support.fake_vllm import FakeServer
 from support.forked import begin, begin_two_ranks, ended
 from support.models import make_tiny_model
 from support.online_run import REWARD, evals, run_online, write_online_config
@@ -264,6 +266,37 @@ def test_zero3_refuses_the_engine_that_needs_the_whole_model(tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_ppo_under_zero2_follows_the_curve_of_one_process_through_the_critics_warm_up(tmp_path: Path) -> None:
+    config = write_online_config(
+        tmp_path, critic_warmup=2, value_learning_rate=1e-2, value_coef=1.0, max_grad_norm=0.1, max_steps=4,
+        epochs_per_step=1, weight_decay=0.1, eval_rows=0,
+    )  # fmt: skip
+    assert run_online("ppo", config) == 0
+    spread, arguments = beside(tmp_path, "spread")
+    zero2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    assert [ended(rank) for rank in begin_two_ranks("ppo", config, *arguments, environment=zero2)] == [0, 0]
+    for one, two in zip(metrics(tmp_path / "run"), metrics(spread), strict=True):
+        policys = ("policy_loss",) if one["step"] > 2 else ()
+        for name in ("reward", "values/mean", "value_loss", "grad_norm", *policys):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), (one["step"], name)
+    assert [line["grad_norm"] > 0.1 for line in metrics(spread)] == [False, False, True, True]
+    assert metrics(spread)[2]["values/mean"] > 0.01
+
+
+def test_zero3_hands_a_server_whole_weights_with_the_adapter_in_them(tmp_path: Path) -> None:
+    """The first process alone knows the server, and what it makes for itself must not wait for the other."""
+    server = FakeServer()
+    server.vocabulary = len(WORDS)
+    engine = {"kind": "vllm_server", "urls": [server.url]}
+    config = write_online_config(tmp_path, engine=engine, use_peft=True, max_steps=2, eval_rows=0)
+    done = launch("loop", "cpu_zero3", "--config", str(config))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert server.paths().count("/collective_rpc") == 2
+    assert server.weights == sorted(load_file(tmp_path / "model" / "model.safetensors"))
+    server.end()
+
+
 # -- engines -----------------------------------------------------------------------------------------------------------
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: see CONTRIBUTING.md")
@@ -304,6 +337,15 @@ def test_with_vllm_in_the_process_the_reward_rises_and_the_sampler_is_never_stal
     config = wide_config(tmp_path, engine={"kind": "vllm"}, use_peft=use_peft, **{**LEARNING, **own})
     assert run_online("loop", config) == 0
     assert_learned(tmp_path / "run", 12)
+
+
+@needs_vllm
+def test_under_zero3_vllm_samples_from_what_is_learned_one_step_ahead(tmp_path: Path) -> None:
+    config = wide_config(tmp_path, engine={"kind": "vllm"}, max_staleness=1, max_steps=2, eval_rows=0)
+    done = launch("loop", "cpu_zero3", "--config", str(config))
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (line["sampling/sampling_logp_difference/max"] for line in metrics(tmp_path / "run"))
+    assert first < 1e-4 < 1e-3 < second
 
 
 @needs_vllm

@@ -4,6 +4,7 @@ Two real processes over gloo, DDP and DeepSpeed ZeRO, through `accelerate launch
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -117,8 +118,21 @@ def test_two_processes_equal_one(tmp_path: Path, launcher: str, settings: dict[s
 @pytest.mark.parametrize("launcher", ["zero2", "zero3"])
 def test_an_update_of_the_critic_alone_moves_the_critic_alone(tmp_path: Path, launcher: str) -> None:
     """Weight decay is on, and ZeRO puts flat tensors in the place of the optimizer's parameters."""
-    moved = run(LAUNCHERS[launcher], model=save_model(tmp_path / "model"), out=tmp_path / "moved", critic=True)
+    moved = run(LAUNCHERS[launcher], model=save_model(tmp_path / "model"), out=tmp_path / "moved", critic="alone")
     head = {name for name in moved if name.startswith("value_head")}
     assert head
     assert all(moved[name] > 0.01 for name in head)
     assert all(moved[name] == 0 for name in moved.keys() - head)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "zero1", "zero2", "zero3"])
+def test_the_critics_gradient_is_clipped_apart_from_the_policys(tmp_path: Path, launcher: str) -> None:
+    model = save_model(tmp_path / "model")
+    own = {"critic": "beside", "options": {"value_gradient": False, "max_grad_norm": 0.05}}
+    alone = run(None, model=model, out=tmp_path / "alone", **own)
+    spread = run(LAUNCHERS[launcher], model=model, out=tmp_path / "spread", **own)
+    assert [math.isnan(norm) for norm in alone["norms"]] == [False, False, True, False]
+    assert spread["norms"] == pytest.approx(alone["norms"], rel=1e-4, nan_ok=True)
+    for name, weight in alone["weights"].items():
+        assert torch.allclose(spread["weights"][name], weight, rtol=1e-4, atol=1e-5), name

@@ -1,16 +1,14 @@
 """The client of vLLM servers: faults against a small fake server, the rest against one real one."""
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +20,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from support.fake_vllm import FakeServer
 from support.models import make_tiny_model
 from support.words import word_tokenizer
 
@@ -39,7 +37,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER: Any = SimpleNamespace(eos_token_id=2)
 PROMPTS = [[5, 6, 7, 8], [9] * 3, list(range(3, 90))]
 SAMPLING = SamplingParams(12, seed=7)
-Answer = Callable[["FakeServer", str, dict[str, Any]], tuple[int, Any]]
 
 
 def model(seed: int = 0) -> Any:
@@ -52,70 +49,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     model().save_pretrained(made)
     word_tokenizer().save_pretrained(made)
     return str(made)
-
-
-# -- a fake server ---------------------------------------------------------------------------------------------------
-
-
-class FakeServer(ThreadingHTTPServer):
-    """Answers like vLLM, with made-up tokens, except where `answer` says otherwise; keeps what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self, port: int = 0, answer: Answer | None = None) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
-        self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.answer = answer
-        self.weights: list[str] = []
-        self.label, self.can_sleep = "default", False
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def paths(self) -> list[str]:
-        return [path.partition("?")[0] for path, _ in self.asked]
-
-    def usual(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        bare = path.partition("?")[0]
-        if bare == "/server_info":
-            settings = {"max_model_len": 256, "enable_sleep_mode": self.can_sleep}
-            return 200, {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs", **settings}}}
-        if bare == "/v1/models":
-            return 200, {"data": [{"id": "served"}]}
-        if bare == "/update_weight_version":
-            self.label = body["new_version"]
-        if bare == "/weight_info":
-            return 200, {"weight_version": self.label}
-        if bare == "/collective_rpc":
-            self.weights = sorted(load_file(next(Path(body["kwargs"]["weights_path"]).iterdir())))
-        if bare == "/v1/completions":
-            ids = [body["prompt"][-1], body["seed"] % 97]
-            logprobs = {"token_logprobs": [-0.5, -1.5]}
-            return 200, {"choices": [{"token_ids": ids, "logprobs": logprobs, "finish_reason": "length"}]}
-        return 200, {"success": True}
-
-    def end(self) -> None:
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: FakeServer
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-        self.server.asked.append((self.path, body))
-        status, content = (self.server.answer or FakeServer.usual)(self.server, self.path, body)
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_POST
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
 
 
 @pytest.fixture

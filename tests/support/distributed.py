@@ -1,6 +1,7 @@
 """One update under whatever launched this script; rank 0 saves what came out. Used by tests/learner/test_sharding.py.
 
-Argument: a JSON object with `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing, critic.
+Argument: a JSON object with `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing, critic
+(alone or beside the policy), options (of the learner).
 """
 
 import json
@@ -21,6 +22,7 @@ from llmrl.learner.loading import load_model
 from llmrl.learner.sequences import Group
 from llmrl.learner.sharding import build_accelerator
 from llmrl.objectives.dpo import DPO
+from llmrl.objectives.policy_gradient import PolicyGradient
 from llmrl.objectives.scored import Objective
 from llmrl.objectives.value import ValueRegression
 from llmrl.runs import ranks
@@ -45,6 +47,7 @@ def build(settings: dict[str, Any]) -> Learner:
         reference="auto" if settings.get("use_peft") else "precomputed",
         most_skipped=2,
         **({"value_head": True, "value_learning_rate": 0.1, "weight_decay": 0.1} if settings.get("critic") else {}),
+        **settings.get("options", {}),
     )
     return Learner(model, options, accelerator)
 
@@ -90,16 +93,21 @@ def whole_parameters(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: safe_get_full_fp32_param(p).detach().clone() for name, p in learner.policy.named_parameters()}
 
 
+def valued_pairs(weight: float) -> list[Group]:
+    """Pairs with what a critic should say of their tokens, and what advantages they have."""
+    targets = {"returns": weight, "old_values": weight, "advantages": 1.0}
+    return [
+        tuple(
+            replace(s, token_values={name: np.full(s.num_scored, value, np.float32) for name, value in targets.items()})
+            for s in pair
+        )
+        for pair in random_pairs(np.random.default_rng(3), 7)
+    ]
+
+
 def critic_alone(settings: dict[str, Any]) -> None:
     """Two updates of the value head alone; how far it and the language model have moved."""
-    learner = build(settings)
-    groups = [
-        tuple(
-            replace(s, token_values=dict.fromkeys(("returns", "old_values"), np.ones(s.num_scored, np.float32)))
-            for s in g
-        )
-        for g in random_pairs(np.random.default_rng(3), 7)
-    ]
+    learner, groups = build(settings), valued_pairs(1.0)
     before = whole_parameters(learner)
     for _ in range(2):
         learner.update(groups, ValueRegression(None).objective(), language=False)
@@ -109,9 +117,22 @@ def critic_alone(settings: dict[str, Any]) -> None:
         (Path(settings["out"]) / "facts.json").write_text(json.dumps(moved))
 
 
+def with_critic(settings: dict[str, Any]) -> None:
+    """Updates of policy and critic together, both gradients far above the largest norm, the critic's by far; one of
+    them is left out, for its value loss is infinite."""
+    learner, out = build(settings), Path(settings["out"])
+    goal = PolicyGradient(value_coef=1.0).objective()
+    norms = [learner.update(valued_pairs(weight), goal)["grad_norm"] for weight in (100.0, 10.0, math.inf, 1.0)]
+    weights = whole_parameters(learner)
+    if learner.accelerator.is_main_process:
+        out.mkdir(parents=True)
+        torch.save({"weights": weights}, out / "result.pt")
+        (out / "facts.json").write_text(json.dumps({"norms": norms}))
+
+
 def run(settings: dict[str, Any]) -> None:
     if settings.get("critic"):
-        return critic_alone(settings)
+        return {"alone": critic_alone, "beside": with_critic}[settings["critic"]](settings)
     out = Path(settings["out"])
     learner = build(settings)
     # A parameter that ZeRO-3 has split is empty outside a forward or backward pass.
