@@ -120,10 +120,10 @@ class Session:
         try:
             self.learner.load(checkpoint)
         except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            what = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             raise RunFailedError(
                 f"{checkpoint} cannot be loaded, so its files must have been changed since they were written, or "
-                f"another version of llmrl has written them ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
-                "Name an older one: --resume_from_checkpoint PATH"
+                f"another version of llmrl has written them ({what}). Name an older one: --resume_from_checkpoint PATH"
             ) from error
 
     def _after(self, step: int) -> None:
