@@ -1,21 +1,28 @@
 """The engine of a run: when it sleeps, how long a rollout it takes, and what is refused."""
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from support.models import make_tiny_model
 from support.online_run import evals, run_online, write_online_config
 from support.recipe_run import final_weights
 
 import llmrl.runs.report
 from llmrl.config.parse import parse
-from llmrl.errors import RefusedError
+from llmrl.errors import RefusedError, RunFailedError
+from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.rollout import vllm_weights
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.trainers import loop
-from llmrl.trainers.engines import length_within
+from llmrl.trainers.engines import length_within, synchronise
 from llmrl.trainers.experience import Experience
 
 
@@ -113,3 +120,42 @@ def test_rollouts_are_no_longer_than_the_engine_takes(
         assert length_within(engine, config, model, said.append) == expected
         assert bool(said) == (expected != model)
     assert length_within(None, config, model, said.append) == model  # a rank that asks no server
+
+
+@pytest.mark.parametrize("failure", [None, RunFailedError("the server is gone")], ids=["sound", "failed"])
+@pytest.mark.parametrize("use_peft", [False, True], ids=["full", "lora"])
+def test_every_rank_walks_all_weights_and_only_one_with_an_engine_merges_an_adapter(
+    use_peft: bool, failure: RunFailedError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ZeRO-3 each step of the walk gathers from all ranks: one that left early would leave the others waiting."""
+    policy = make_tiny_model()
+    if use_peft:
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    learner = Learner(policy, LearnerOptions(), Accelerator(cpu=True), say=lambda text: None)
+    walked: list[str] = []
+    taken: list[str] = []
+    merged: list[Any] = []
+    merge = vllm_weights._merged
+    monkeypatch.setattr(vllm_weights, "_merged", lambda layer, parts: merged.append(layer) or merge(layer, parts))
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in policy.named_parameters():
+            walked.append(name)
+            yield name, tensor
+
+    def sync(found: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        for name, _ in found:
+            taken.append(name)
+            if failure is not None:
+                raise failure
+
+    learner.weights = weights  # type: ignore[method-assign, assignment]
+    synchronise(None, learner, None, 1)
+    assert walked == [name for name, _ in policy.named_parameters()]
+    assert not merged
+    walked.clear()
+    with nullcontext() if failure is None else pytest.raises(RunFailedError, match="the server is gone"):
+        synchronise(SimpleNamespace(sync=sync), learner, None, 1)  # type: ignore[arg-type]
+    assert walked == [name for name, _ in policy.named_parameters()]
+    assert taken == list(make_tiny_model().state_dict())[: None if failure is None else 1]
+    assert bool(merged) == (use_peft and failure is None)
