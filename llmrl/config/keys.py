@@ -131,7 +131,8 @@ class OptimizationKeys(Keys):
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients of a larger norm are scaled down to it; 0 = no clipping."""
     max_steps: Annotated[int, Field(ge=-1)] = -1
-    """Optimizer steps; -1 = as many as num_train_epochs need. Positive, it overrides num_train_epochs."""
+    """Steps of the method: an optimizer step each, but where the method samples one round of rollouts, of which it may
+    make several optimizer steps. -1 = as many as num_train_epochs need; positive, it overrides num_train_epochs."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training data."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

@@ -32,6 +32,49 @@ ELSEWHERE = {
     "max_completion_length": "use max_length, prompt and completion together",
     "optim": "the optimizer is AdamW; see the adam_ keys",
 }
+# TRL's names of what the methods that sample have: the key here, which only they have, and what else is to be said.
+SAMPLING = {
+    "num_generations": ("samples_per_prompt", ""),
+    "num_generations_eval": ("eval_samples", ""),
+    "num_iterations": ("epochs_per_step", ""),
+    "num_ppo_epochs": ("epochs_per_step", ""),
+    "num_mini_batches": ("rollouts_per_update", ", the rollouts of one optimizer step"),
+    "steps_per_generation": ("rollouts_per_update", ", the rollouts of one optimizer step"),
+    "generation_batch_size": ("prompts_per_step", ", which is times samples_per_prompt"),
+    "per_device_train_batch_size": (
+        "prompts_per_step", ", over all processes, and rollouts_per_update; tokens_per_microbatch bounds the memory"
+    ),
+    "epsilon": ("clip_low", ""),
+    "epsilon_high": ("clip_high", ""),
+    "cliprange": ("clip_low", " and clip_high"),
+    "cliprange_value": ("value_clip", ""),
+    "vf_coef": ("value_coef", ""),
+    "kl_coef": ("beta", ""),
+    "loss_type": ("algorithm", ": grpo, dr_grpo, gspo, cispo, dapo_clip (TRL's dapo), ..."),
+    "importance_sampling_level": ("algorithm", ": gspo has one ratio a sequence, loop_trajectory one a rollout"),
+    "scale_rewards": ("algorithm", ": grpo divides by the group's deviation; dr_grpo, rloo and loop do not"),
+    "reward_funcs": ("rewards", ""),
+    "reward_weights": ("rewards", ": each entry has a weight"),
+    "reward_model_path": ("rewards", ": a folder or a hub id is a reward model"),
+    "environment_factory": ("environment", ""),
+    "max_prompt_length": (
+        "max_length", ", prompt and completions together; overlong_prompts says what becomes of a row without room"
+    ),
+    "response_length": ("max_completion_length", ""),
+    "top_p": ("temperature", ": training needs samples of the whole distribution"),
+    "top_k": ("temperature", ": training needs samples of the whole distribution"),
+    "min_p": ("temperature", ": training needs samples of the whole distribution"),
+    "use_vllm": ("engine.kind", ": vllm, or vllm_server"),
+    "vllm_mode": ("engine.kind", ": vllm (TRL's colocate), or vllm_server"),
+    "vllm_server_base_url": ("engine.urls", ""),
+    "vllm_server_host": ("engine.urls", ""),
+    "vllm_server_port": ("engine.urls", ""),
+    "vllm_gpu_memory_utilization": ("engine.gpu_memory_utilization", ""),
+    "vllm_enable_sleep_mode": ("engine.sleep", ""),
+    "vllm_importance_sampling_correction": ("correction", ""),
+    "vllm_importance_sampling_cap": ("correction_cap", ""),
+    "log_completions": ("save_rollouts", "; rollouts/step_N.jsonl has them"),
+}  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -43,9 +86,17 @@ def unknown_key(root: type[BaseModel], model: type[BaseModel], path: tuple[str, 
     """One sentence for a key that `model`, found on the way down `path` from `root`, does not have."""
     name = ".".join(path)
     where = f" ({origin})" if origin else ""
-    if len(path) == 1 and name in ELSEWHERE:
-        return f"unknown key `{name}`{where}: {ELSEWHERE[name]}"
+    if len(path) == 1 and (remedy := _replacement(root, name)):
+        return f"unknown key `{name}`{where}: {remedy}"
     return f"unknown key `{name}`{where}; did you mean `{_suggestion(root, model, path)}`?"
+
+
+def _replacement(root: type[BaseModel], name: str) -> str | None:
+    """What stands for another trainer's name in this configuration, if that is known and the configuration has it."""
+    key, more = SAMPLING.get(name, ("", ""))
+    if tuple(key.split(".")) in all_paths(root):
+        return f"use {key}{more}"
+    return ELSEWHERE.get(name)
 
 
 def _suggestion(root: type[BaseModel], model: type[BaseModel], path: tuple[str, ...]) -> str:

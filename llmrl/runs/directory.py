@@ -125,7 +125,7 @@ class Run:
         line = self.metrics.log(step, metrics)
         self._trackers.log(step, {key: value for key, value in line.items() if key != "step"})
         if self._progress is not None:
-            self._progress.step(step, line.get("loss"), line.get("num_tokens"))
+            self._progress.step(step, line.get("loss"), line.get("num_tokens"), line.get("reward"))
 
     def evaluation(self, step: int, name: str, metrics: Mapping[str, Any]) -> None:
         """One entry of evals.json, e.g. `evaluation(0, "heldout", {"loss": 0.69})`, and to the trackers as NAME/KEY."""

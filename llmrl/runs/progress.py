@@ -17,7 +17,7 @@ WINDOW = 64
 
 
 class Progress:
-    """Shows steps, loss, tokens/s and the time left. Used as a context; `step` is called once a step."""
+    """Shows steps, reward, loss, tokens/s and the time left. Used as a context; `step` is called once a step."""
 
     def __init__(self, console: Console, total_steps: int, start: int = 0, tokens: int | None = None) -> None:
         """`total_steps` of the whole run, `start`: steps done before, `tokens`: tokens seen before (None: unknown)."""
@@ -25,6 +25,7 @@ class Progress:
         self.done = start
         self._console = console
         self._loss: float | None = None
+        self._reward: float | None = None
         self._readings: deque[tuple[float, int, int | None]] = deque([(time.monotonic(), start, tokens)], maxlen=WINDOW)
         self._last_line = (-math.inf, -1)
         self._bar: Any = None
@@ -43,9 +44,13 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def step(self, step: int, loss: float | None = None, num_tokens: int | None = None) -> None:
-        """Step number `step` (from 1) is done; `num_tokens` counts from the run's beginning."""
+    def step(
+        self, step: int, loss: float | None = None, num_tokens: int | None = None, reward: float | None = None
+    ) -> None:
+        """Step number `step` (from 1) is done; `num_tokens` counts from the run's beginning; `reward` is the mean of
+        the step's rollouts, where there are any: the loss of a policy gradient says nothing about progress."""
         self.done = step
+        self._reward = self._reward if reward is None else reward
         self._loss = self._loss if loss is None else loss
         self._readings.append((time.monotonic(), step, num_tokens))
         if self._bar is not None:
@@ -71,12 +76,13 @@ class Progress:
         return (end - begin) / (last - first) * max(self.total_steps - last, 0) if last > first else None
 
     def _facts(self) -> str:
+        reward = "" if self._reward is None else f"reward {self._reward:.4g}"
         loss = "" if self._loss is None else f"loss {self._loss:.4f}"
         rate = self.tokens_per_second
         tokens = "" if rate is None else f"{rate:,.0f} tokens/s"
         left = self.seconds_left
         eta = "" if left is None else f"{clock(left)} left"
-        return "  ".join(part for part in (loss, tokens, eta) if part)
+        return "  ".join(part for part in (reward, loss, tokens, eta) if part)
 
     def _open_bar(self) -> None:
         from rich.console import Console as RichConsole

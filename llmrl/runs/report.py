@@ -24,12 +24,13 @@ from llmrl.runs.report_data import (
     evaluation_panels,
     number,
     read_run,
+    says_little,
     training_panels,
 )
 from llmrl.runs.report_style import STYLE
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-SHOWN_PANELS = 9
+SHOWN_PANELS = 12
 DASH_STROKES = ("", "5 2", "1.5 1.5", "7 2 1.5 2")
 
 
@@ -170,8 +171,9 @@ def _curves(run: RunData) -> str:
         return '<h2>Training</h2><p class="card empty">No step was logged.</p>' + _grid(
             "Evaluations over time", over_time
         )
-    shown = dict(list(training.items())[:SHOWN_PANELS])
-    rest = dict(list(training.items())[SHOWN_PANELS:])
+    telling = [title for title, series in training.items() if not says_little(title, series)]
+    shown = {title: training[title] for title in telling[:SHOWN_PANELS]}
+    rest = {title: series for title, series in training.items() if title not in shown}
     more = "".join(_figure(title, series) for title, series in rest.items())
     more = f'<details class="card"><summary>{len(rest)} more metrics</summary><div class="grid">{more}</div></details>'
     return _grid("Training, by step", shown) + (more if rest else "") + _grid("Evaluations over time", over_time)

@@ -4,6 +4,7 @@ Invariant: whatever the files hold, reading them raises nothing; what is missing
 """
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,26 @@ from llmrl.runs.curves import Series
 from llmrl.runs.files import read_json, read_lines
 
 FIRST = (
+    "reward",
+    "rewards/*/mean",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/clipped_ratio",
     "loss",
     "rewards/accuracies",
     "rewards/margins",
     "rewards",
-    "reward",
     "logps",
     "entropy",
     "kl",
+    "approx_kl",
+    "values/squared_error",
+    "updates",
     "grad_norm",
     "learning_rate",
 )
 SAMPLES_SHOWN = 12
+TIMING = ("seconds", "per_second")
 NOT_CURVES = ("step", "num_tokens", "epoch")
 PAIRED = ("/chosen", "/rejected")
 INTERVAL = (("interval_low", "interval_high"), ("low", "high"))
@@ -92,7 +101,17 @@ def training_panels(lines: list[dict[str, Any]]) -> dict[str, list[Series]]:
             title = next((name.removesuffix(end) for end in PAIRED if name.endswith(end)), name)
             label = name.rsplit("/", 1)[-1] if title != name else name
             panels.setdefault(title, []).append(Series(label, [x for x, _ in points], [y for _, y in points]))
-    return dict(sorted(panels.items(), key=lambda item: FIRST.index(item[0]) if item[0] in FIRST else len(FIRST)))
+    return dict(sorted(panels.items(), key=lambda item: _rank(item[0])))
+
+
+def says_little(title: str, series: list[Series]) -> bool:
+    """Whether a panel is mere timing, or 0 all along. The important ones never: a reward that stays at 0 says much."""
+    return _rank(title) == len(FIRST) and (title.endswith(TIMING) or not any(any(line.values) for line in series))
+
+
+def _rank(title: str) -> int:
+    """Place of the panel in FIRST, or its length."""
+    return next((place for place, pattern in enumerate(FIRST) if fnmatchcase(title, pattern)), len(FIRST))
 
 
 def evaluation_panels(evaluations: list[tuple[int, str, dict[str, Measured]]]) -> dict[str, list[Series]]:

@@ -83,7 +83,7 @@ class Session:
         self.state.global_step += 1
         self.state.num_input_tokens_seen += int(metrics["num_tokens"])
         step, cadence = self.state.global_step, self.run.config.logging_steps
-        self._progress.step(step, metrics["loss"], self.state.num_input_tokens_seen)
+        self._progress.step(step, metrics["loss"], self.state.num_input_tokens_seen, metrics.get("reward"))
         if step % cadence == 0 or step == self.total_steps:
             line = {**metrics, "num_tokens": self.state.num_input_tokens_seen}
             self.run.log(step, line)

@@ -1,6 +1,7 @@
 """The command line and the YAML file: what is taken, what is refused, and in which words."""
 
 import contextlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -23,7 +24,11 @@ from llmrl.config import (
     parse_file,
     to_yaml,
 )
+from llmrl.config.nearest import SAMPLING
+from llmrl.config.schema import all_paths
 from llmrl.errors import RefusedError
+from llmrl.trainers.loop import LOOPConfig
+from llmrl.trainers.ppo import PPOConfig
 
 
 class Toy(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
@@ -153,6 +158,19 @@ def test_names_from_elsewhere_get_their_replacement(word: str, remedy: str):
     message = refusal(f"--{word}", "8")
     assert word in message
     assert remedy in message
+
+
+def test_trls_names_lead_to_the_keys_of_methods_that_sample():
+    for name, (key, _) in SAMPLING.items():
+        known = [c for c in (LOOPConfig, PPOConfig) if tuple(key.split(".")) in all_paths(c)]
+        assert known, f"{name} leads to {key}, which no method has"
+        with pytest.raises(RefusedError, match=rf"`{name}` \(argument --{name}\): use {re.escape(key)}\b"):
+            parse(known[0], ["--model_name_or_path", "x", "--output_dir", "out", f"--{name}", "4"])
+
+
+@pytest.mark.parametrize("name", ["num_generations", "use_vllm"])
+def test_a_method_that_does_not_sample_is_not_told_of_keys_that_it_lacks(name: str):
+    assert SAMPLING[name][0] not in refusal(f"--{name}", "4")
 
 
 def test_env_in_the_file_is_explained(tmp_path: Path):

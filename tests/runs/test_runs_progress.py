@@ -77,6 +77,19 @@ def test_lines_come_first_then_every_ten_seconds_and_last(time: Clock):
     assert found[1] == "step 5/10  loss 0.2000  33 tokens/s  0:15 left"
 
 
+def test_methods_that_sample_show_the_reward_before_the_loss(time: Clock):
+    stream = io.StringIO()
+    with Progress(Console(stream=stream), 2) as progress:
+        time.now += 1.0
+        progress.step(1, -0.0004, 100, 0.4375)
+        time.now += 20.0
+        progress.step(2, 0.0003, 200, None)  # nobody had a reward: the last one stays
+    assert [line.split("  ")[1:3] for line in stream.getvalue().splitlines()] == [
+        ["reward 0.4375", "loss -0.0004"],
+        ["reward 0.4375", "loss 0.0003"],
+    ]
+
+
 def test_the_last_step_told_twice_is_one_line(time: Clock):
     assert len(shown([(1.0, 9, 0.5, 900), (20.0, 10, 0.4, 1000), (0.0, 10, 0.4, 1000)], time)) == 2
 

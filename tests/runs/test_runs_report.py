@@ -200,6 +200,23 @@ def test_chosen_and_rejected_share_a_panel_and_the_loss_comes_first():
     assert [series.label for series in panels["logps"]] == ["rejected", "chosen"]
 
 
+def test_a_method_that_samples_shows_its_rewards_and_folds_what_is_0_or_timing_away(tmp_path: Path):
+    always_0 = ["rewards/right/no_score", "verifier/killed", "reward", "loss"]
+    timing = ["rewards/right/seconds", "rollout_seconds", "sampled_tokens_per_second"]
+    telling = ["ratio/mean", "completions/clipped_ratio", "frac_reward_zero_std", "rewards/right/mean", "grad_norm"]
+    line = dict.fromkeys(always_0, 0.0) | dict.fromkeys([*timing, *telling], 0.5)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, **line}) + "\n" for s in (1, 2)))
+    shown, folded = page(tmp_path).text.split("5 more metrics")
+    found = {name: shown.index(name) for name in [*telling, "loss"]}
+    assert sorted(found, key=found.__getitem__) == [
+        "rewards/right/mean", "frac_reward_zero_std", "completions/clipped_ratio", "loss", "grad_norm", "ratio/mean"
+    ]  # fmt: skip
+    assert next(iter(training_panels([{"step": 1, **line}]))) == "reward"
+    for name in ["rewards/right/no_score", "verifier/killed", *timing]:
+        assert name in folded
+        assert name not in shown
+
+
 def test_null_values_leave_a_gap_and_no_panel_of_their_own():
     panels = training_panels([{"step": 1, "loss": None, "x": None}, {"step": 2, "loss": 0.5, "x": None}])
     assert panels["loss"] == [Series("loss", [2.0], [0.5])]
