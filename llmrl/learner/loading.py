@@ -77,8 +77,10 @@ def precision(keys: ModelKeys, mixed_precision: str, say: Say) -> tuple[torch.dt
 def load_model(path: str, keys: ModelKeys, dtype: torch.dtype, say: Say) -> PreTrainedModel | PeftModel:
     """The causal language model, ready to be trained: all of it, or a new LoRA adapter on it (`use_peft`).
 
-    Where `path` is an adapter it is merged into its base first, so that the reference is the adapted model.
+    Where `path` is an adapter it is merged into its base first, so that the reference is the adapted model. A new
+    adapter on it is refused: what PEFT saves of the new one names the base alone.
     """
+    _refuse_second_adapter(path, keys)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     model = _loaded(
@@ -98,6 +100,7 @@ def load_model(path: str, keys: ModelKeys, dtype: torch.dtype, say: Say) -> PreT
 
 def model_without_storage(path: str, keys: ModelKeys) -> PreTrainedModel | PeftModel:
     """As `load_model`, but on the meta device: its parameters can be counted, and no weights are read."""
+    _refuse_second_adapter(path, keys)
     description = load_config(path)
     with torch.device("meta"):
         model = _loaded(path, "model", lambda: AutoModelForCausalLM.from_config(description, **_attention(keys)))
@@ -128,6 +131,15 @@ def add_lora(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
         return get_peft_model(model, config)
     except ValueError as error:
         raise RefusedError(f"lora_target_modules {modules!r} does not fit {type(model).__name__}: {error}") from None
+
+
+def _refuse_second_adapter(path: str, keys: ModelKeys) -> None:
+    if keys.use_peft and _is_adapter(path):
+        raise RefusedError(
+            f"model_name_or_path: {path} is an adapter, and with use_peft a new one would be trained on top of it. "
+            f"What is saved of that names {base_of(path)} as its model, without the first. Remedy: merge the first "
+            "into it and name that folder (README.md, Train longer), or train all weights with use_peft false"
+        )
 
 
 def _lora_keys_given(keys: ModelKeys) -> list[str]:

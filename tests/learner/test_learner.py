@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from llmrl.config import ModelKeys
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.learner.learner import MOST_OVERFLOWS, Learner, LearnerOptions
-from llmrl.learner.loading import add_lora
+from llmrl.learner.loading import add_lora, load_model, model_without_storage
 from llmrl.learner.policy import Policy
 from llmrl.objectives.dpo import DPO
 from llmrl.objectives.scored import Objective
@@ -108,6 +108,25 @@ def test_an_adapter_loaded_for_inference_is_refused(tmp_path: Path) -> None:
     lora().save_pretrained(tmp_path)
     with pytest.raises(RefusedError, match="is_trainable"):
         build(PeftModel.from_pretrained(make_tiny_model(), tmp_path))
+
+
+def test_an_adapter_on_top_of_an_adapter_is_refused_for_what_is_saved_would_lack_the_first(tmp_path: Path) -> None:
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    make_tiny_model().save_pretrained(base)
+    keys = ModelKeys(model_name_or_path=adapter, use_peft=True, lora_target_modules=["q_proj"])
+    first = load_model(base, keys, torch.float32, print)
+    for parameter in first.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.ones_(parameter)
+    first.save_pretrained(adapter)
+    words = "is an adapter, and with use_peft a new one .*merge the first"
+    with pytest.raises(RefusedError, match=words):
+        load_model(adapter, keys, torch.float32, print)
+    with pytest.raises(RefusedError, match=words):
+        model_without_storage(adapter, keys)
+    whole = load_model(adapter, keys.model_copy(update={"use_peft": False}), torch.float32, lambda text: None)
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(whole(ids).logits, first(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_an_adapter_on_the_output_layer_is_refused() -> None:
