@@ -1,7 +1,7 @@
 """Rows that a policy is asked about, online: every column is kept, for the environment and the reward functions.
 
-Invariants: a row's number is its number in its source, from 1; training and held-out rows share none; nothing is
-dropped without being counted and said.
+Invariants: a row's number is its number in its source, from 1; training and held-out rows of a data set share none, and
+what those that an environment makes share is said; nothing is dropped without being counted and said.
 """
 
 import hashlib
@@ -64,8 +64,11 @@ def prompts_of_dataset(
 
 
 def prompts_made(train: Sequence[Row], heldout: Sequence[Row], say: Callable[[str], None]) -> PromptData:
-    """Rows that an environment made."""
+    """Rows that an environment made. Held-out rows that are also trained on measure less than they seem to: said."""
     say(f"data: {len(train)} rows to train on and {len(heldout)} held out, made by the environment")
+    trained = {_text_of(row) for row in train}
+    if shared := sum(_text_of(row) in trained for row in heldout):
+        say(f"data: {shared} of {len(heldout)} held-out rows are also trained on: `rows` gives them for both splits")
     prompts = [Prompt(i + 1, row) for i, row in enumerate(train)]
     beside = [Prompt(i + 1, row) for i, row in enumerate(heldout)]
     return PromptData(prompts, beside, _fingerprint(prompts), frozenset(train[0] if train else ()))
@@ -108,6 +111,10 @@ def _fitting(
 
 def _iterate(table: Dataset) -> Iterable[Row]:
     return (row for batch in table.iter(1000) for row in rows_of(batch))
+
+
+def _text_of(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:

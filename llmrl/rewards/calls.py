@@ -13,6 +13,8 @@ import time
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from llmrl.errors import RunFailedError
@@ -20,10 +22,35 @@ from llmrl.rewards.functions import RewardFunction, Rewards
 from llmrl.rewards.loading import is_async
 
 Say = Callable[[str], None]
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class _FailedCallError(Exception):
-    """A call that gave no scores; the message is what is said of it."""
+    """A call that gave no scores; the message is what is said of it. `fault`: what a function that raised did wrong."""
+
+    def __init__(self, message: str, fault: "_Fault | None" = None) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What a function raised: the whole `text` with its traceback, one `line`, and the `place` in the code."""
+
+    text: str
+    line: str
+    place: tuple[str, str, int]
+
+    @classmethod
+    def of(cls, error: BaseException) -> "_Fault":
+        own = _own_frames(error.__traceback__)
+        frame = traceback.extract_tb(own)[-1]
+        what = "".join(traceback.format_exception_only(error)).strip()
+        return cls(
+            "raised:\n" + "".join(traceback.format_exception(type(error), error, own)).rstrip(),
+            f"raised, in {frame.name} ({frame.filename}, line {frame.lineno}): {what}",
+            (type(error).__name__, frame.filename, frame.lineno or 0),
+        )
 
 
 @dataclass
@@ -59,6 +86,7 @@ class Caller:
         self.max_failures = max_failures
         self.tally = Tally()
         self._in_a_row = 0
+        self._told: set[tuple[str, str, int]] = set()  # places whose traceback was said
         self._gate: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
 
     async def __call__(self, arguments: dict[str, Any], count: int) -> Rewards:
@@ -73,7 +101,7 @@ class Caller:
                 raise _FailedCallError(f"returned {_short(invalid[0])}, which is {self._wrong}, for all completions")
         except _FailedCallError as failure:
             scores, invalid = [None] * count, []
-            self._failed(str(failure))
+            self._failed(str(failure) if failure.fault is None else self._raised(failure.fault, arguments))
         else:
             self._in_a_row = 0
             self._mention(invalid, count)
@@ -88,8 +116,8 @@ class Caller:
         for names in self.function.needs:
             if not any(name in arguments for name in names):
                 raise RunFailedError(
-                    f"reward function {self.label} needs {_columns(names)}, and gets {', '.join(sorted(arguments))}. "
-                    "Add the column to the data, name another in its options, or give the parameter a default"
+                    f"reward function {self.label} needs {columns_named(names)}, and gets "
+                    f"{', '.join(sorted(arguments))}. {self.function.remedy(names, arguments)}"
                 )
 
     async def _run(self, arguments: dict[str, Any]) -> Any:
@@ -117,7 +145,7 @@ class Caller:
         if task.cancelled():
             raise _FailedCallError("cancelled itself")
         if error := task.exception():
-            raise _FailedCallError(_traceback(error))
+            raise _FailedCallError("raised", _Fault.of(error))
         return task.result()
 
     async def _in_thread(self, arguments: dict[str, Any]) -> Any:
@@ -142,13 +170,14 @@ class Caller:
                 f"({self.tally.abandoned} so far)"
             ) from None
         if error is not None:
-            raise _FailedCallError(_traceback(error))
+            raise _FailedCallError("raised", _Fault.of(error))
         return returned
 
     def _scores(self, returned: Any, count: int) -> tuple[Rewards, list[Any]]:
         """(scores, the values that are none). Raises RunFailedError where it is not a list of the right length."""
         values = returned.tolist() if hasattr(returned, "tolist") else returned
-        expected = f"expected a list of {count} numbers, one a completion, None for no score"
+        numbers = "1 number" if count == 1 else f"{count} numbers"
+        expected = f"expected a list of {numbers}, one for each completion of the call, None for no score"
         if not isinstance(values, list | tuple):
             if inspect.iscoroutine(values):
                 values.close()
@@ -166,6 +195,16 @@ class Caller:
     @property
     def _wrong(self) -> str:
         return "no finite number" if self.within is None else f"no number from {self.within[0]:g} to {self.within[1]:g}"
+
+    def _raised(self, fault: _Fault, arguments: dict[str, Any]) -> str:
+        """A traceback is said once; what is raised at the same place again gets a line."""
+        if fault.place in self._told:
+            return fault.line
+        self._told.add(fault.place)
+        kind, completions = fault.place[0], arguments.get("completions")
+        if not completions or kind not in ("TypeError", "AttributeError", "KeyError"):
+            return fault.text
+        return f"{fault.text}\n{_form_of(completions[0])}"
 
     def _failed(self, why: str) -> None:
         self.tally.failures += 1
@@ -201,7 +240,7 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _columns(names: tuple[str, ...]) -> str:
+def columns_named(names: tuple[str, ...]) -> str:
     return "the column " + " or ".join(f"`{name}`" for name in names)
 
 
@@ -213,5 +252,19 @@ def _short(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
-def _traceback(error: BaseException) -> str:
-    return "raised:\n" + "".join(traceback.format_exception(error)).rstrip()
+def _own_frames(found: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames of this package that led to the function; all of it where it has no others."""
+    own = found
+    while own is not None and Path(own.tb_frame.f_code.co_filename).is_relative_to(PACKAGE):
+        own = own.tb_next
+    return own or found
+
+
+def _form_of(completion: Any) -> str:
+    """What trips functions that were written for the other kind of row."""
+    if isinstance(completion, str):
+        return "(Its completions are text here, as the rows' prompts are.)"
+    return (
+        "(Its completions are lists of messages here, and text only where a row's prompt is: what the model said is "
+        'completion[0]["content"], or llmrl.rewards.texts.text_of(completion).)'
+    )

@@ -11,8 +11,9 @@ runs in a child process; the rest costs time linear in the text.
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
@@ -30,6 +31,7 @@ Column = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[int, Field(ge=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+ARGUMENTS = ("prompts", "completions", "completion_ids")  # what functions get beside columns, and read
 GOLD_COLUMNS = ("answer", "solution")
 REPEATED_NGRAM = 4  # by which a guard tells a response that repeats itself
 
@@ -40,7 +42,7 @@ class RewardFunction:
 
     `needs`: of each group of columns it takes the first that is there. `bounded`: it cannot hang, so that no limit is
     put on a whole call (its work is limited piece by piece). `is_model`: it reads what the policy read, dialogues also
-    where prompts and completions are text. `is_logit`: its scores are of any size.
+    where prompts and completions are text. `is_logit`: its scores are of any size. `own`: it is the user's.
     """
 
     call: Callable[..., Any]
@@ -48,9 +50,21 @@ class RewardFunction:
     bounded: bool = False
     is_model: bool = False
     is_logit: bool = False
+    own: bool = False
 
     def __call__(self, **arguments: Any) -> Any:
         return self.call(**arguments)
+
+    def remedy(self, missing: tuple[str, ...], columns: Iterable[str]) -> str:
+        """What to do where there is no such column but `columns`."""
+        if not self.own:
+            return "Name another column in its options, or add it to the data"
+        close = get_close_matches(missing[0], [*ARGUMENTS, *columns], n=1)
+        meant = f" (did you mean `{close[0]}`?)" if close else ""
+        return (
+            f"Its parameters are called {', '.join(ARGUMENTS)}, or as columns are: rename `{missing[0]}`{meant}, add "
+            "the column to the data, give the parameter a default, or its value in the entry's options"
+        )
 
 
 def correct_number(*, column: Column = "answer", first_box: bool = False, require_box: bool = False) -> RewardFunction:

@@ -17,11 +17,11 @@ from typing import Any
 
 from llmrl.config.nearest import nearest
 from llmrl.errors import RefusedError
-from llmrl.rewards.functions import FUNCTIONS, RewardFunction, build
+from llmrl.rewards.functions import ARGUMENTS, FUNCTIONS, RewardFunction, build
 from llmrl.rewards.keys import RewardFunctionKeys
 from llmrl.rewards.verifiers import Verifiers
 
-SUPPLIED = ("prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state")
+SUPPLIED = (*ARGUMENTS, "log_extra", "log_metric", "trainer_state")
 _OWN = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)|(?P<module>[A-Za-z_][\w.]*):(?P<attribute>\w+)")
 
 
@@ -70,8 +70,8 @@ def own(name: str, call: Callable[..., Any], options: dict[str, Any]) -> RewardF
         async def asynchronous(**arguments: Any) -> Any:
             return await call(**chosen(arguments))
 
-        return RewardFunction(asynchronous, needs)
-    return RewardFunction(lambda **arguments: call(**chosen(arguments)), needs)
+        return RewardFunction(asynchronous, needs, own=True)
+    return RewardFunction(lambda **arguments: call(**chosen(arguments)), needs, own=True)
 
 
 def is_async(call: Callable[..., Any]) -> bool:

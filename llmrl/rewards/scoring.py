@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.rewards.calls import Caller, Say, Tally
+from llmrl.rewards.calls import Caller, Say, Tally, columns_named
 from llmrl.rewards.functions import Rewards
 from llmrl.rewards.keys import RewardKeys
 from llmrl.rewards.loading import load
@@ -73,10 +73,9 @@ class Scorer:
         for label, caller in self._callers.items():
             for names in caller.function.needs:
                 if not any(name in columns for name in names):
-                    wanted = " or ".join(f"`{name}`" for name in names)
                     raise RefusedError(
-                        f"{where}: the reward function {label} needs the column {wanted}; there are "
-                        f"{', '.join(sorted(columns))}. Name another column in its options, or add it to the data"
+                        f"{where}: the reward function {label} needs {columns_named(names)}; there are "
+                        f"{', '.join(sorted(columns))}. {caller.function.remedy(names, columns)}"
                     )
 
     async def score(

@@ -60,6 +60,7 @@ class Collected:
 
     Of the judging, by the names of metrics: `logged`, the values that reward functions gave, of which means are shown,
     and `tallies`, numbers that add up over collections and ranks. Whoever owns the reward functions puts them here.
+    `discarded`: prompts that dynamic sampling took out of `groups`; None where there is none.
     """
 
     groups: list[RolloutGroup]
@@ -68,6 +69,7 @@ class Collected:
     num_sampled: int = 0
     logged: dict[str, list[float]] = field(default_factory=dict)
     tallies: dict[str, float] = field(default_factory=dict)
+    discarded: list[RolloutGroup] | None = None
 
     @property
     def of_judging(self) -> dict[str, float]:

@@ -95,7 +95,7 @@ def _refuse_other_config(config: RunKeys, directory: Path) -> None:
         raise RefusedError(
             f"output_dir {directory} holds no checkpoint to resume, but another run, made with other values of\n"
             + "".join(f"  - {line}\n" for line in differences)
-            + "Name another output_dir"
+            + "Name another output_dir, or remove this one if nothing in it is worth keeping"
         )
 
 

@@ -112,8 +112,10 @@ def _ended(run: Run, status: Status, reason: str, code: int) -> int:
     """Says how it ended and what can be done, writes the summary, and passes the exit code on."""
     newest = checkpoints.latest(run.directory)
     if run.is_main:
-        kept = f"{newest} is whole" if newest else "no checkpoint was written yet"
-        remedy = f"\n{kept}; the same command with --resume_from_checkpoint latest goes on"
+        same = "the same command with --resume_from_checkpoint latest"
+        remedy = f"\n{newest} is whole; {same} goes on from it"
+        if newest is None:
+            remedy = f"\nno checkpoint was written yet; {same} starts anew in the same directory"
         complain(f"{status}: {reason}{'' if '--resume_from_checkpoint' in reason else remedy}")
         try:
             run.close(status, reason)

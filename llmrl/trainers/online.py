@@ -63,7 +63,7 @@ class OnlineRun:
             run, self.learner, task.tokenizer, total_steps, task.data.fingerprint, self.evaluate, callbacks
         )
         task.trainer_state = lambda: self.session.state
-        self._empty_steps, self._all_cut_said = 0, False
+        self._empty_steps, self._cut_said = 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint; called on all ranks."""
@@ -90,16 +90,20 @@ class OnlineRun:
         with self.session.before_updates():
             last = step + 1 == self.session.total_steps
             collected = self.sampler.rollouts(step, last, lambda found: self._write(step + 1, found.groups))
-        self._say_if_cut(collected.counts)
+        counts = collected.counts
+        self._say_if_cut(counts.get("truncated-turns", 0), counts.get("rollouts", 0))
         return collected
 
-    def _say_if_cut(self, counts: dict[str, int]) -> None:
-        """A limit of turns that no episode comes to its end within is most likely a key that was forgotten."""
-        if self._all_cut_said or not 0 < counts.get("rollouts", 0) == counts.get("truncated-turns", 0):
-            return
-        self._all_cut_said = True
+    def _say_if_cut(self, cut: int, count: int) -> None:
         most = self.config.rollout.max_turns
-        self.run.note(f"the environment went on after every rollout's last turn: is rollout.max_turns {most} meant?")
+        if self._cut_said or not turns_too_few(cut, count, most):
+            return
+        self._cut_said = True
+        self.run.note(
+            f"the environment went on after the last turn of {cut} of {count} rollouts, which ended there: is "
+            f"rollout.max_turns {most} meant?"
+            + (" (`multi_turn = True` on the environment's class has this refused)" if most == 1 else "")
+        )
 
     def weigh(self, weights: dict[str, float]) -> None:
         """Change the weights of reward functions, by their names, from the next rollouts on."""
@@ -113,8 +117,14 @@ class OnlineRun:
         """
         asked = len(self.task.data.heldout) * self.config.eval_samples
         with self.session.before_updates():
-            found = {"heldout": heldout_metrics(self.sampler.heldout(), asked)} if asked else {}
+            found = {"heldout": self._heldout(asked)} if asked else {}
             return found | self._answers()
+
+    def _heldout(self, asked: int) -> dict[str, float]:
+        groups = self.sampler.heldout()
+        ends = [rollout.end_state for group in groups for rollout in group.rollouts]
+        self._say_if_cut(ends.count("truncated-turns"), len(ends))
+        return heldout_metrics(groups, asked)
 
     def _write(self, number: int, groups: Iterable[RolloutGroup]) -> None:
         """Keep a step's rollouts, on the first rank, and let older ones go; where that fails, all ranks end."""
@@ -232,6 +242,12 @@ def keep_rollouts(
         step = other.stem.removeprefix("step_")
         if step.isdigit() and (int(step) > number or (limit is not None and int(step) <= number - limit)):
             other.unlink()
+
+
+def turns_too_few(cut: int, count: int, max_turns: int) -> bool:
+    """Whether `max_turns` cut off so many of `count` rollouts that the key was most likely forgotten: all of them, or
+    half where it is 1, the default."""
+    return 0 < count <= cut * (2 if max_turns == 1 else 1)
 
 
 def tells_apart(groups: Sequence[RolloutGroup], over_step: bool) -> bool:

@@ -111,7 +111,9 @@ class OnlineTask:
             raise
         except Exception as error:
             what = f"{method}() {error}" if isinstance(error, OverdueError) else _said(error)
-            raise RefusedError(f"the environment {self.config.environment} does not begin: {what}") from error
+            has_own = self.kind.rows is not None and self.config.dataset_name is not None
+            own = "; it has rows of its own, which --dataset_name null uses" if has_own else ""
+            raise RefusedError(f"the environment {self.config.environment} does not begin: {what}{own}") from error
         return len(Dialogue(self.renderer, messages, tools).prompt_ids)
 
     def limits(self) -> Limits:

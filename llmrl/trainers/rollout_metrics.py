@@ -11,14 +11,18 @@ from llmrl.rollout.trajectory import RolloutGroup, mean_reward
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
     """TRL's names where the quantity is the same: `num_tokens` are those of the first prompts and of what was sampled,
-    each rollout once; lengths are sampled tokens of a rollout; clipped is one whose last turn has no stop token."""
+    each rollout once; lengths are sampled tokens of a rollout; clipped is one whose last turn has no stop token.
+
+    All are of the rollouts that stay, but for `num_tokens` and `dynamic_sampling/...`, which are also of those that
+    dynamic sampling discarded."""
     groups = collected.groups
+    sampled = [*groups, *(collected.discarded or [])]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics: dict[str, float] = {
         "reward": mean_reward(groups),
         **_spread(groups),
         "rollouts": float(len(rollouts)),
-        "num_tokens": float(sum(r.turns[0].start + r.num_sampled for r in rollouts if r.turns)),
+        "num_tokens": float(sum(r.turns[0].start + r.num_sampled for g in sampled for r in g.rollouts if r.turns)),
         "rollout_seconds": collected.seconds,
         "sampled_tokens_per_second": collected.num_sampled / max(collected.seconds, 1e-9),
     }
@@ -34,6 +38,10 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         values = [v for rollout in rollouts if (v := rollout.scores.get(name)) is not None]
         metrics[f"rewards/{name}/mean"] = float(np.mean(values)) if values else float("nan")
         metrics[f"rewards/{name}/std"] = float(np.std(values)) if values else float("nan")
+    if collected.discarded is not None:
+        metrics["dynamic_sampling/prompts_discarded"] = float(len(collected.discarded))
+        before = {"reward": mean_reward(sampled), **_spread(sampled)}
+        metrics |= {f"dynamic_sampling/{name}": value for name, value in before.items() if name != "reward_std"}
     unusual = {n: c for n, c in collected.counts.items() if n not in ("rollouts", "completed") and c}
     return metrics | {f"rollout/{name}": float(count) for name, count in sorted(unusual.items())}
 
@@ -61,7 +69,8 @@ def _lengths(lengths: Sequence[int], name: str) -> dict[str, float]:
 def heldout_metrics(groups: Sequence[RolloutGroup], asked: int) -> dict[str, float]:
     """Mean reward over `n` rows with a 95% interval, means of the scores, shares of the end states that are no
     completion. `asked`: how many rollouts there should be. Of several rollouts of a row the mean counts, as one
-    observation: they are not independent of one another."""
+    observation: they are not independent of one another. A score that not all rollouts have is the mean of those that
+    have it, and how many these are is `NAME_n`: an environment may give it to those alone that came far enough."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = _row_means([[rollout.reward for rollout in group.rollouts] for group in groups])
     mean, low, high = mean_interval(rewards)
@@ -69,6 +78,9 @@ def heldout_metrics(groups: Sequence[RolloutGroup], asked: int) -> dict[str, flo
     for name in sorted({name for rollout in rollouts for name in rollout.scores}):
         values = _row_means([[rollout.scores.get(name) for rollout in group.rollouts] for group in groups])
         metrics[name] = float(np.mean(values)) if values else float("nan")
+        having = sum(rollout.scores.get(name) is not None for rollout in rollouts)
+        if having < len(rollouts):
+            metrics[f"{name}_n"] = float(having)
     metrics["truncated"] = sum(r.truncated for r in rollouts) / max(len(rollouts), 1)
     metrics["mean_length"] = float(np.mean([r.num_sampled for r in rollouts])) if rollouts else 0.0
     rewarded = sum(rollout.reward is not None for rollout in rollouts)

@@ -63,6 +63,7 @@ class Sampler:
         self.cursor = RowCursor(len(task.data.train), config.seed)
         self.version, self._synced = 0, -1  # how often the learner changed, and which of its states the engine has
         self._ahead: _Ahead | None = None
+        self._short_said = False
 
     def _built(self) -> Engine | None:
         engine, failure = None, None
@@ -101,7 +102,7 @@ class Sampler:
             else:
                 found = self._whole(ahead.result())
             if self.algorithm.dynamic_sampling:
-                found.groups = [group for group in found.groups if is_mixed(group)]
+                self._discard(found)
             keep(found)
             if self.config.max_staleness and not last:
                 self.synchronise()
@@ -111,6 +112,18 @@ class Sampler:
             self.cursor.position = position  # a checkpoint that is left now repeats this step
             raise
         return found
+
+    def _discard(self, found: Collected) -> None:
+        """Take out the prompts that teach nothing; said once where all refills did not make a whole step."""
+        found.discarded = [group for group in found.groups if not is_mixed(group)]
+        found.groups = [group for group in found.groups if is_mixed(group)]
+        kept, asked = len(found.groups), self.config.prompts_per_step
+        if kept < asked and not self._short_said:
+            self._short_said = True
+            self.run.note(
+                f"dynamic sampling: only {kept} prompts for a step of {asked}: with {len(found.discarded)} others, in "
+                f"{MOST_REFILLS} refills too, all rollouts are equally good (said once)"
+            )
 
     def heldout(self) -> list[RolloutGroup]:
         """`eval_samples` rollouts of every held-out row at `eval_temperature`, with the newest weights; their random

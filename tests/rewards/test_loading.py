@@ -145,5 +145,5 @@ def test_what_is_no_reward_model_is_refused(classifier: str, tmp_path: Path) -> 
         loaded(str(Path(classifier).parent / "base"))
     with pytest.raises(RefusedError, match="is no built-in function and no model that can be loaded"):
         loaded(str(tmp_path))
-    with pytest.raises(RefusedError, match=r"option `batch_size`.*It takes dtype, batch_size, max_length and"):
+    with pytest.raises(RefusedError, match=r"option `batch_size`.*It takes dtype, batch_size, max_length, wait_"):
         loaded(classifier, {"batch_size": 0})

@@ -259,6 +259,17 @@ def test_a_missing_column_is_named_before_the_run_and_in_it(scorer: Callable[...
     made.check(["gold", "solution", "level"], "rows.jsonl")
 
 
+def test_a_parameter_of_ones_own_that_nothing_fills_gets_the_names_there_are(scorer: Callable[..., Scorer]) -> None:
+    def old(completion: Any, answer: Any) -> list[float]:
+        return [0.0] * len(answer)
+
+    words = r"called prompts, completions, completion_ids, .*rename `completion` \(did you mean `completions`\?\)"
+    with pytest.raises(RefusedError, match=f"there are answer, level. .*{words}"):
+        scorer(old).check(COLUMNS, "rows.jsonl")
+    with pytest.raises(RefusedError, match="Name another column in its options"):
+        scorer("accuracy").check(["gold"], "rows.jsonl")
+
+
 def test_what_raises_is_no_score_and_ends_the_run_when_it_goes_on(scorer: Callable[..., Scorer]) -> None:
     said: list[str] = []
     fail = True
@@ -285,7 +296,32 @@ def test_what_raises_is_no_score_and_ends_the_run_when_it_goes_on(scorer: Callab
     tally = made.tallies["unlucky"]
     assert (tally.failures, tally.calls, tally.no_score) == (5, 5, 8)
     assert len(said) == 4
-    assert "KeyError" in said[0]
+    assert "raise KeyError" in said[0]
+    assert "functions.py" not in said[0]  # only what is the user's
+    assert [text.count("\n") for text in said[1:]] == [0, 0, 0]
+    assert all("KeyError: 'no such thing'" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("completions", "hint"),
+    [
+        ([[{"role": "assistant", "content": "4"}]] * 2, 'completion[0]["content"]'),
+        (COMPLETIONS, "Its completions are text here"),
+    ],
+)
+def test_a_function_for_the_other_kind_of_row_is_told_what_completions_are(
+    scorer: Callable[..., Scorer], completions: list[Any], hint: str
+) -> None:
+    def reads_text(completions: list[Any], **_: Any) -> list[float]:
+        return [float(said.strip() == "4") for said in completions]
+
+    def reads_messages(completions: list[Any], **_: Any) -> list[float]:
+        return [float(said[0]["content"] == "4") for said in completions]
+
+    said: list[str] = []
+    function = reads_messages if completions is COMPLETIONS else reads_text
+    asyncio.run(scorer(function, said=said).score(PROMPTS, completions, IDS, COLUMNS))
+    assert hint in said[0]
 
 
 def test_asynchronous_functions_that_raise_or_cancel_themselves(scorer: Callable[..., Scorer]) -> None:

@@ -17,6 +17,7 @@ from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.sequences import TokenSequence
 from llmrl.objectives.value import ValueRegression
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
+from llmrl.trainers.online import turns_too_few
 from llmrl.trainers.rollout_metrics import heldout_metrics
 
 
@@ -194,7 +195,20 @@ def test_an_environment_that_always_goes_on_is_said_once(tmp_path: Path, capsys:
     own = {"environment": f"{tmp_path / 'endless.py'}:Endless", "rewards": [f"{tmp_path / 'endless.py'}:equal"]}
     config = write_online_config(tmp_path, max_steps=2, eval_rows=0, **own)
     assert run_online("loop", config) == 0
-    assert capsys.readouterr().out.count("is rollout.max_turns 1 meant?") == 1
+    said = capsys.readouterr().out
+    assert said.count("is rollout.max_turns 1 meant?") == 1
+    assert "after the last turn of 16 of 16 rollouts" in said
+    assert "`multi_turn = True`" in said
+
+
+@pytest.mark.parametrize(
+    ("most", "cut", "too_few"), [(1, 16, True), (1, 15, False), (1, 0, False), (2, 31, False), (2, 32, True)]
+)
+def test_turns_are_too_few_where_all_rollouts_were_cut_off_or_half_after_one(
+    most: int, cut: int, too_few: bool
+) -> None:
+    assert turns_too_few(cut, 32, most) is too_few
+    assert not turns_too_few(0, 0, most)
 
 
 ENDLESS = """

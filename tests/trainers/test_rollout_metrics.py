@@ -7,7 +7,7 @@ import pytest
 
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.trajectory import EndState, Rollout, RolloutGroup, Turn
-from llmrl.trainers.rollout_metrics import rollout_metrics
+from llmrl.trainers.rollout_metrics import heldout_metrics, rollout_metrics
 
 
 def rollout(reward: float, lengths: list[int], end: EndState = "completed", last: str = "stop") -> Rollout:
@@ -48,3 +48,35 @@ def test_the_spread_of_rewards_is_that_of_prompts_or_of_the_step_where_each_has_
     assert "frac_reward_zero_std" not in alone
     nothing = metrics()
     assert (nothing["reward_std"], nothing["num_tokens"], "frac_reward_zero_std" in nothing) == (0, 0, False)
+
+
+def test_what_dynamic_sampling_discarded_is_counted_and_the_rest_is_of_what_stays() -> None:
+    """A mixed prompt stays; of the discarded, all of one are right and all of two are wrong."""
+    kept, *discarded = (
+        RolloutGroup(i, {}, [rollout(reward, [2]) for reward in rewards])
+        for i, rewards in enumerate([(1.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0)], 1)
+    )
+    found = rollout_metrics(Collected([kept], seconds=2.0, discarded=discarded))
+    assert (found["reward"], found["frac_reward_zero_std"], found["rollouts"]) == (0.5, 0, 2)
+    assert found["num_tokens"] == 8 * (3 + 2)
+    before = {"prompts_discarded": 3, "reward": 3 / 8, "frac_reward_zero_std": 0.75}
+    assert {n: v for n, v in found.items() if n.startswith("dynamic")} == {
+        f"dynamic_sampling/{name}": value for name, value in before.items()
+    }
+    none = rollout_metrics(Collected([kept], discarded=[]))
+    assert none["dynamic_sampling/prompts_discarded"] == 0
+    assert none["dynamic_sampling/reward"] == none["reward"]
+    assert not any(name.startswith("dynamic") for name in metrics([rollout(1.0, [2])]))
+
+
+def test_a_held_out_score_that_not_all_rollouts_have_says_how_many_do() -> None:
+    """One of four episodes came so far that it was told whether it is right; the others were cut off, worth 0."""
+    finished, *cut = (rollout(reward, [2]) for reward in (1.0, 0.0, 0.0, 0.0))
+    finished.scores = {"right": 1.0, "tries": 2.0}
+    for one in cut:
+        one.end_state, one.scores = "truncated-turns", {"tries": 4.0}
+    found = heldout_metrics([RolloutGroup(i, {}, [one]) for i, one in enumerate([finished, *cut], 1)], asked=4)
+    assert (found["reward"], found["n"], found["truncated"]) == (0.25, 4, 0.75)
+    assert (found["right"], found["right_n"]) == (1, 1)
+    assert found["tries"] == 3.5
+    assert "tries_n" not in found

@@ -202,14 +202,19 @@ def test_dynamic_sampling_replaces_prompts_that_teach_nothing(
         assert 3 * 4 <= len(records) <= 4 * 4  # of a prompt of which all rollouts happen to be equal there is none
         assert line["frac_reward_zero_std"] == 0
         assert line["updates"] >= 1
+        discarded, stayed = line["dynamic_sampling/prompts_discarded"], len(records) / 4
+        assert line["dynamic_sampling/frac_reward_zero_std"] == discarded / (discarded + stayed)
 
 
 def test_dynamic_sampling_gives_up_where_nothing_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = picky(tmp_path, "equal", max_empty_steps=1)
     assert run_online("loop", config) == 1
-    assert "nothing could be learned in 1 steps in a row" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "nothing could be learned in 1 steps in a row" in said.err
+    assert "only 0 prompts for a step of 4: with 44 others, in 10 refills too, all rollouts are equally" in said.out
     tried = metrics(tmp_path / "run")[0]
-    assert (tried["rollouts"], tried["updates"]) == (0, 0)
+    assert (tried["rollouts"], tried["updates"], tried["dynamic_sampling/prompts_discarded"]) == (0, 0, 44)
+    assert tried["dynamic_sampling/reward"] == 0.5
     assert MOST_REFILLS == 10
 
 
