@@ -168,6 +168,14 @@ def test_trls_names_lead_to_the_keys_of_methods_that_sample():
             parse(known[0], ["--model_name_or_path", "x", "--output_dir", "out", f"--{name}", "4"])
 
 
+def test_the_page_for_trls_users_has_all_of_these_names_and_no_other_key_for_them():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "coming_from_trl.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    told = {name: right for left, right in rows for name in re.findall(r"`(\w+)`", left)}
+    assert told.keys() == SAMPLING.keys() | {"gradient_accumulation_steps"}
+    assert [name for name, (key, _) in SAMPLING.items() if f"`{key}`" not in told[name]] == []
+
+
 @pytest.mark.parametrize("name", ["num_generations", "use_vllm"])
 def test_a_method_that_does_not_sample_is_not_told_of_keys_that_it_lacks(name: str):
     assert SAMPLING[name][0] not in refusal(f"--{name}", "4")
