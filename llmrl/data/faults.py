@@ -13,10 +13,11 @@ LISTED = 10
 
 
 class RowFault(Exception):
-    """What is wrong with one row; the caller knows its file and number."""
+    """What is wrong with one row; the caller knows its file and number. `column` None: with no single one, or `reason`
+    names it."""
 
-    def __init__(self, column: str, reason: str) -> None:
-        super().__init__(f"column `{column}`: {reason}")
+    def __init__(self, column: str | None, reason: str) -> None:
+        super().__init__(reason if column is None else f"column `{column}`: {reason}")
 
 
 def refusal(where: str, faults: Mapping[int, RowFault]) -> RefusedError:

@@ -90,14 +90,14 @@ def _fitting(
         try:
             length = length_of(row)
         except RefusedError as error:
-            faults[number] = RowFault("prompt", str(error))
+            faults[number] = RowFault(None, str(error))
             continue
         if room is not None and length > room:
             if keys.overlong_prompts == "error":
                 faults[number] = RowFault(
-                    "prompt",
-                    f"{length} tokens, but only {room} leave room for max_completion_length; shorten it, raise "
-                    "max_length, or set overlong_prompts to drop",
+                    None,
+                    f"the prompt has {length} tokens, but only {room} leave room for max_completion_length; shorten it, "
+                    "raise max_length, or set overlong_prompts to drop",
                 )
             dropped += 1
             continue

@@ -47,6 +47,7 @@ def test_rows_of_the_environments_own_that_are_in_both_splits_are_counted(tmp_pa
 
 def test_a_data_set_beside_rows_of_the_environments_own_is_refused_with_the_way_to_use_these(tmp_path: Path) -> None:
     with pytest.raises(
-        RefusedError, match=r"does not begin: KeyError: 'number'.*rows of its own, which --dataset_name null"
+        RefusedError,
+        match=r"row 1, the environment .* does not begin: KeyError: 'number'.*rows of its own, which --dataset_name",
     ):
         task(tmp_path)
