@@ -96,8 +96,8 @@ def _fitting(
             if keys.overlong_prompts == "error":
                 faults[number] = RowFault(
                     None,
-                    f"the prompt has {length} tokens, but only {room} leave room for max_completion_length; shorten it, "
-                    "raise max_length, or set overlong_prompts to drop",
+                    f"the prompt has {length} tokens, but only {room} leave room for max_completion_length; shorten "
+                    "it, raise max_length, or set overlong_prompts to drop",
                 )
             dropped += 1
             continue
