@@ -72,7 +72,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def launch(recipe: str, launcher: str, *arguments: str, timeout: int = 300) -> "subprocess.CompletedProcess[str]":
+def launch(recipe: str, launcher: str, *arguments: str, timeout: int = 500) -> "subprocess.CompletedProcess[str]":
     """Run to its end."""
     return subprocess.run(
         launch_command(recipe, launcher, *arguments),
