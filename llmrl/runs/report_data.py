@@ -25,6 +25,8 @@ FIRST = (
     "entropy",
     "kl",
     "approx_kl",
+    "clip_ratio/region_mean",
+    "ratio/mean",
     "values/squared_error",
     "updates",
     "grad_norm",
@@ -34,7 +36,6 @@ SAMPLES_SHOWN = 12
 TIMING = ("seconds", "per_second")
 NOT_CURVES = ("step", "num_tokens", "epoch")
 PAIRED = ("/chosen", "/rejected")
-INTERVAL = (("interval_low", "interval_high"), ("low", "high"))
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def _stages(stored: Any) -> list[tuple[str, Measured]]:
 
 
 def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
-    """Numbers by name. An interval belongs to `accuracy`, or to `x` where it is called `x_low` and `x_high`."""
+    """Numbers by name. An interval belongs to `accuracy`, or to `x` where it is called `x_low` and `x_high`, or
+    `x_interval_low` and `x_interval_high`."""
     count = number(metrics.get("n"))
     n = int(count) if count is not None else None
     found: dict[str, Measured] = {}
@@ -177,6 +179,7 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
         value = number(metrics[key])
         for low, high in (
             (f"{key}_low", f"{key}_high"),
+            (f"{key}_interval_low", f"{key}_interval_high"),
             *((("interval_low", "interval_high"),) if key == "accuracy" else ()),
         ):
             ends = number(metrics.get(low)), number(metrics.get(high))

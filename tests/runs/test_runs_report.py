@@ -97,6 +97,15 @@ def test_a_whole_run_shows_its_facts_its_gain_and_its_curves(tmp_path: Path):
     assert "svg" in found.tags
 
 
+def test_the_interval_of_a_held_out_reward_is_shown_with_it_and_not_as_a_metric_of_its_own(tmp_path: Path):
+    metrics = {"reward": 0.5, "reward_interval_low": 0.25, "reward_interval_high": 0.75, "n": 6.0, "right": 0.5}
+    items = [{"step": step, "name": "heldout", "metrics": metrics} for step in (0, 2)]
+    (tmp_path / "evals.json").write_text(json.dumps(items))
+    text = page(tmp_path).text
+    assert "0.5 (0.25 to 0.75, n = 6)" in text
+    assert "interval_low" not in text
+
+
 def test_samples_stand_side_by_side(tmp_path: Path):
     directory = a_run(tmp_path / "run", status="completed")
     sample = {
@@ -209,7 +218,7 @@ def test_a_method_that_samples_shows_its_rewards_and_folds_what_is_0_or_timing_a
     shown, folded = page(tmp_path).text.split("5 more metrics")
     found = {name: shown.index(name) for name in [*telling, "loss"]}
     assert sorted(found, key=found.__getitem__) == [
-        "rewards/right/mean", "frac_reward_zero_std", "completions/clipped_ratio", "loss", "grad_norm", "ratio/mean"
+        "rewards/right/mean", "frac_reward_zero_std", "completions/clipped_ratio", "loss", "ratio/mean", "grad_norm"
     ]  # fmt: skip
     assert next(iter(training_panels([{"step": 1, **line}]))) == "reward"
     for name in ["rewards/right/no_score", "verifier/killed", *timing]:
