@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from llmrl.errors import LlmrlError, RunFailedError
 from llmrl.learner.learner import Learner
 from llmrl.objectives.presets import Preset
-from llmrl.objectives.scored import Objective
+from llmrl.objectives.value import ValueRegression
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.protocol import row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, mean_reward
@@ -57,7 +57,9 @@ class OnlineRun:
         self.learner = online_learner(config, algorithm, total_steps, run.note, **learner_options)
         self.sampler = Sampler(config, algorithm, task, self.learner, run)
         self.learner.accelerator.register_for_checkpointing(self)
-        self.objective = algorithm.policy_gradient().objective()
+        policy_gradient = algorithm.policy_gradient()
+        self.objective = policy_gradient.objective()
+        self.critic_alone = ValueRegression(policy_gradient.value_clip).objective()
         self._answers = task_evaluation(problems, self.learner.causal_lm, self.learner.accelerator, run)
         self.session = Session(
             run, self.learner, task.tokenizer, total_steps, task.data.fingerprint, self.evaluate, callbacks
@@ -180,20 +182,21 @@ class OnlineRun:
             experience.leave_out_cut()
         return largest_S
 
-    def improve(self, experience: Experience, step: int, critic_alone: Objective | None = None) -> dict[str, float]:
-        """The optimizer steps of one step on what has its advantages; the means of their metrics. `critic_alone`:
-        through this objective, and the language model stays as it is."""
+    def improve(self, experience: Experience, step: int) -> dict[str, float]:
+        """The optimizer steps of one step on what has its advantages; the means of their metrics. In the critic's
+        warm-up the language model stays as it is."""
         if not experience.scored:
             self._score(experience)
+        warms_up = step < self.algorithm.critic_warmup
         metrics = experience.train(
             self.learner,
-            critic_alone or self.objective,
+            self.critic_alone if warms_up else self.objective,
             epochs=self.algorithm.epochs,
             rollouts_per_update=self.algorithm.rollouts_in_update(len(experience)),
             seed=row_seed(self.config.seed, step, 0),
             skip_idle=not self._idle_teach,
             whole_prompts=self.config.minibatches == "prompts",
-            language=critic_alone is None,
+            language=not warms_up,
         )
         self.sampler.policy_changed()
         if self.config.mask_truncated_completions:

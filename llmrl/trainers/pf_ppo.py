@@ -87,13 +87,11 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
     import torch
 
     from llmrl.objectives.filtration import filtration_metrics, multiplicities
-    from llmrl.objectives.value import ValueRegression
     from llmrl.rollout.protocol import row_seed
     from llmrl.trainers.online import OnlineRun
     from llmrl.trainers.reward_fits import RewardFits
 
     algorithm = config.resolve()
-    critic = ValueRegression(config.value_clip).objective()
     learner = config.learner_options
     with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
         fits = None if config.truth is None else RewardFits(config.truth, config.filtration_power)
@@ -115,6 +113,5 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
                 if fits is not None:
                     fits.add(collected.groups)
                     metrics |= fits.metrics(draws)
-            critic_alone = critic if step < algorithm.critic_warmup else None
-            online.record(collected, {**metrics, **online.improve(experience, step, critic_alone)})
+            online.record(collected, {**metrics, **online.improve(experience, step)})
         online.session.finish()

@@ -85,17 +85,14 @@ describe, check = online_command.describe, online_command.check
 
 def train(config: PPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
-    from llmrl.objectives.value import ValueRegression
     from llmrl.trainers.online import OnlineRun
 
     algorithm = config.resolve()
-    critic = ValueRegression(config.value_clip).objective()
     learner = config.learner_options
     with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
         for step in online.session.steps():
             collected = online.collect(step)
             experience = online.experience(collected)
             online.advantages(experience)
-            critic_alone = critic if step < algorithm.critic_warmup else None
-            online.record(collected, online.improve(experience, step, critic_alone))
+            online.record(collected, online.improve(experience, step))
         online.session.finish()
