@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from support.fake_vllm import FakeServer
 from support.forked import begin, begin_two_ranks, ended
 from support.models import make_tiny_model
-from support.online_run import REWARD, evals, run_online, write_online_config
+from support.online_run import REWARD, evals, run_online, sleepy_config, write_online_config
 from support.recipe_run import final_weights, launch, metrics, wait_for
 from support.words import WORDS, word_tokenizer
 
@@ -143,34 +143,13 @@ def test_killed_in_any_phase_and_resumed_it_ends_as_if_nothing_had_been(
     assert_same(run, folder / "run")
 
 
-SLEEPY = (
-    REWARD
-    + """
-import os, time
-calls = 0
-
-def sleepy(completions, **columns):
-    global calls
-    calls += 1
-    if calls == CALL and not os.path.exists("AWAKE"):
-        open("AWAKE", "w").close()
-        time.sleep(300)
-    return paid(completions)
-"""
-)
-
-
 @pytest.mark.parametrize(("phase", "call", "eval_rows"), [("rollouts of step 3", 10, 0), ("held-out rows", 16, 6)])
 def test_a_signal_in_a_long_phase_leaves_the_steps_before_and_the_run_goes_on(
     tmp_path: Path, phase: str, call: int, eval_rows: int
 ) -> None:
     """A reward function sleeps behind the second step, in a thread that nobody can end."""
     awake = tmp_path / "awake"
-    (tmp_path / "reward.py").write_text(SLEEPY.replace("AWAKE", str(awake)).replace("CALL", str(call)))
-    rewards = [f"{tmp_path / 'reward.py'}:sleepy"]
-    config = write_online_config(
-        tmp_path, rewards=rewards, reward_timeout_seconds=600.0, eval_rows=eval_rows, eval_steps=2
-    )
+    config = sleepy_config(tmp_path, call, eval_rows=eval_rows, eval_steps=2)
     process = begin("loop", config, log=tmp_path / "log")
     wait_for(awake.exists)
     process.terminate()

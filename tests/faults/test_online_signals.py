@@ -7,33 +7,10 @@ from typing import Any
 
 import pytest
 from support.forked import begin, begin_two_ranks, ended
-from support.online_run import REWARD, evals, run_online, write_online_config
+from support.online_run import evals, run_online, sleepy_config
 from support.recipe_run import metrics, wait_for
 
 pytestmark = pytest.mark.slow
-
-SLEEPY = (
-    REWARD
-    + """
-import os, time
-calls = 0
-
-def sleepy(completions, **columns):
-    global calls
-    calls += 1
-    if os.environ.get("RANK", "0") == "0" and calls == CALL and not os.path.exists("AWAKE"):
-        open("AWAKE", "w").close()
-        time.sleep(300)
-    return paid(completions)
-"""
-)
-
-
-def sleepy_config(tmp_path: Path, call: int, **settings: Any) -> Path:
-    """The first process's reward function sleeps in this call, in a thread that nobody can end; it does so once."""
-    file = tmp_path / "reward.py"
-    file.write_text(SLEEPY.replace("AWAKE", str(tmp_path / "awake")).replace("CALL", str(call)))
-    return write_online_config(tmp_path, rewards=[f"{file}:sleepy"], reward_timeout_seconds=600.0, **settings)
 
 
 def summary(tmp_path: Path) -> dict[str, Any]:

@@ -23,6 +23,21 @@ def paid(completions, **columns):
     paid = {"red", "green", "blue", "one", "two", "three"}
     return [sum(word in paid for word in words) / max(len(words), 4) for words in said]
 '''
+SLEEPY = (
+    REWARD
+    + """
+import os, time
+calls = 0
+
+def sleepy(completions, **columns):
+    global calls
+    calls += 1
+    if os.environ.get("RANK", "0") == "0" and calls == CALL and not os.path.exists("AWAKE"):
+        open("AWAKE", "w").close()
+        time.sleep(300)
+    return paid(completions)
+"""
+)
 
 
 def write_online_config(tmp: Path, name: str = "config.yaml", **settings: Any) -> Path:
@@ -63,3 +78,10 @@ def run_online(method: str, config: Path, *arguments: str) -> int:
 
 def evals(run: Path) -> list[dict[str, Any]]:
     return json.loads((run / "evals.json").read_text())
+
+
+def sleepy_config(tmp_path: Path, call: int, **settings: Any) -> Path:
+    """The first process's reward function sleeps in this call, in a thread that nobody can end; it does so once."""
+    file = tmp_path / "reward.py"
+    file.write_text(SLEEPY.replace("AWAKE", str(tmp_path / "awake")).replace("CALL", str(call)))
+    return write_online_config(tmp_path, rewards=[f"{file}:sleepy"], reward_timeout_seconds=600.0, **settings)
