@@ -137,9 +137,11 @@ def run_llmrl(cell: Cell, folder: Path, way: str, use_peft: bool, meter: Meter) 
     def experience(run: OnlineRun, collected: Any) -> Experience:
         return Experience(collected.groups) if way == "nll" else own_experience(run, collected)
 
-    def improve(run: OnlineRun, experience: Experience, step: int, objective: Any = None) -> dict[str, float]:
+    def improve(run: OnlineRun, experience: Experience, step: int) -> dict[str, float]:
         found["scored_tokens"] = sum(sample.num_scored for sample in experience.samples)
-        return own_improve(run, experience, step, cross_entropy() if way == "nll" else objective)
+        if way == "nll":
+            run.objective = cross_entropy()
+        return own_improve(run, experience, step)
 
     config = loop_config(cell, folder, way, use_peft)
     ways = replaced(OnlineRun, collect=collect, experience=experience, improve=improve)
