@@ -53,11 +53,11 @@ def llmrl_config(cell: Cell, folder: Path) -> Any:
 
 
 def update_llmrl(cell: Cell, folder: Path, meter: Meter) -> dict[str, Any]:
-    from llmrl.trainers.online import online_learner
+    from llmrl.trainers.sampled_run import sampled_learner
 
     config = llmrl_config(cell, folder)
     algorithm = config.resolve()
-    learner = online_learner(config, algorithm, cell.steps, print)
+    learner = sampled_learner(config, algorithm.needs_reference, cell.steps, print, value_head=algorithm.needs_critic)
     objective = algorithm.policy_gradient().objective()
     batches = [token_groups(step) for step in given_steps(cell)]
     logged = []

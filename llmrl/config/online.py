@@ -64,7 +64,7 @@ class RolloutKeys(Keys):
     min_per_group that did not break, or none under way (LOOP: 0.9)."""
 
 
-class OnlineKeys(Keys):
+class SamplingKeys(Keys):
     """Rollouts: what the policy is asked, how it is sampled, in which units."""
 
     dataset_name: Text | None = None
@@ -113,6 +113,11 @@ class OnlineKeys(Keys):
     """What ends a rollout, and what becomes of those that break."""
     engine: EngineKeys = Field(default_factory=EngineKeys)
     """What generates the rollouts."""
+    reference: Literal["auto", "adapter_off", "frozen"] = "auto"
+    """Where the reference's log-probabilities come from, if the method has one: auto is adapter_off with use_peft,
+    else a frozen copy."""
+    form: Literal["auto", "tree", "padded"] = "auto"
+    """Forward pass: prefix trees (a prompt is computed once for all its rollouts) or padded rows."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """1: the rollouts of the next step are sampled while this one trains, from weights one step old. 0: never stale."""
     save_rollouts: Annotated[int | None, Field(ge=0), Housekeeping()] = None
@@ -124,7 +129,7 @@ class OnlineKeys(Keys):
     DeepSpeed, too. Each is counted in `skipped_updates`; what only float16's loss scale has made so is not."""
 
     @model_validator(mode="after")
-    def _online_combinations(self) -> Self:
+    def _sampling_combinations(self) -> Self:
         if self.max_staleness and self.engine.kind == "huggingface":
             raise ValueError(
                 "max_staleness 1 needs an engine with weights of its own: engine.kind huggingface samples from the "
@@ -180,8 +185,3 @@ class PolicyGradientKeys(Keys):
     """Rollouts that a limit of tokens or turns cut off stay in their group's statistics, but are not trained on and
     count in no denominator of the loss (DAPO's overlong filtering; in TRL sequence means count them still). LOOP
     divides by rollouts_per_update, however many are left: fewer make a smaller step."""
-    reference: Literal["auto", "adapter_off", "frozen"] = "auto"
-    """Where the reference's log-probabilities come from, if the algorithm has one: auto is adapter_off with use_peft,
-    else a frozen copy."""
-    form: Literal["auto", "tree", "padded"] = "auto"
-    """Forward pass: prefix trees (a prompt is computed once for all its rollouts) or padded rows."""

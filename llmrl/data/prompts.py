@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class PromptKeys(SplitKeys, Protocol):
-    """The keys read here; `llmrl.config`'s OnlineKeys has them."""
+    """The keys read here; `llmrl.config`'s SamplingKeys has them."""
 
     @property
     def overlong_prompts(self) -> str: ...

@@ -21,7 +21,7 @@ LARGEST_SHARE = 0.1
 
 
 class SplitKeys(Protocol):
-    """The keys read here; `llmrl.config`'s DataKeys and OnlineKeys have them. `dataset_name` is None only where a
+    """The keys read here; `llmrl.config`'s DataKeys and SamplingKeys have them. `dataset_name` is None only where a
     `datasets` object is given in its place."""
 
     @property

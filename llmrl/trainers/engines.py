@@ -20,7 +20,7 @@ from llmrl.learner.loading import base_of
 from llmrl.learner.sharding import gather_objects, zero_stage
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Engine
-from llmrl.trainers.online_config import OnlineConfig
+from llmrl.trainers.sampling_config import SamplingConfig
 
 WEIGHTS = "weights"
 """Folder in a run's directory through which vLLM servers get weights."""
@@ -41,7 +41,7 @@ def check_engine(keys: EngineKeys) -> None:
 
 
 def build_engine(
-    config: OnlineConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    config: SamplingConfig, learner: Learner, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> Engine | None:
     """The engine of `config.engine`. Servers are asked by the first rank for all: None on the others.
 
@@ -88,7 +88,7 @@ def build_engine(
 
 
 def length_within(
-    engine: Engine | None, config: OnlineConfig, longest: int | None, say: Callable[[str], None]
+    engine: Engine | None, config: SamplingConfig, longest: int | None, say: Callable[[str], None]
 ) -> int | None:
     """Tokens of a rollout, `longest` by the model, that the engine takes, too; said where they are fewer.
 
@@ -110,7 +110,7 @@ def length_within(
     return limit
 
 
-def _weights_folder(config: OnlineConfig) -> Path:
+def _weights_folder(config: SamplingConfig) -> Path:
     """Where servers find new weights; that in output_dir is cleared of what a killed attempt has left there, and of
     nothing else: whatever else lies in it is somebody's own."""
     from llmrl.rollout.vllm_server import HANDED_OVER
@@ -125,7 +125,7 @@ def _weights_folder(config: OnlineConfig) -> Path:
     return folder
 
 
-def adapter_alone(config: OnlineConfig, learner: Learner) -> PeftConfig | None:
+def adapter_alone(config: SamplingConfig, learner: Learner) -> PeftConfig | None:
     """The adapter's configuration, where it goes to the engine on its own; None where whole weights go."""
     if not isinstance(learner.causal_lm, PeftModel) or merges_adapter(config.engine):
         return None
@@ -137,7 +137,7 @@ def merges_adapter(keys: EngineKeys) -> bool:
     return keys.lora == "merged" or (keys.lora == "auto" and not torch.cuda.is_available())
 
 
-def left_for_servers(config: OnlineConfig) -> str:
+def left_for_servers(config: SamplingConfig) -> str:
     """What lies in output_dir for vLLM servers: nothing, adapter, or weights."""
     if config.engine.kind != "vllm_server" or config.engine.weights_dir is not None:
         return "nothing"

@@ -51,11 +51,11 @@ class LOOPConfig(OnlineConfig):
         return self.algorithm.startswith("loop")
 
     def own_keys(self) -> list[tuple[str, Any, Any]]:
-        return super().own_keys() + self._beside_default("min_advantage")
+        return super().own_keys() + self.beside_default("min_advantage")
 
     @model_validator(mode="after")
     def _a_filter_of_loops(self) -> Self:
-        if not self.filters and any(own != its for _, own, its in self._beside_default("min_advantage")):
+        if not self.filters and any(own != its for _, own, its in self.beside_default("min_advantage")):
             raise ValueError(f"min_advantage would be ignored: it is LOOP's filter, and {self.algorithm} has none")
         return self
 

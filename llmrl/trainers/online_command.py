@@ -1,64 +1,31 @@
-"""What `--dry-run` and `llmrl check` say of an online method, from its configuration. Loads without torch."""
+"""What `--dry-run` and `llmrl check` say of a policy-gradient method, from its configuration. Loads without torch."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
-from llmrl.errors import RefusedError
 from llmrl.objectives.presets import Preset
 from llmrl.objectives.settings import LossSettings
 from llmrl.trainers.online_config import OnlineConfig
+from llmrl.trainers.sampling_command import check, describe_sampling, reward_in_words
 
+__all__ = ["check", "describe"]
 RATIOS = {"none": "no ratio", "geometric": "geometric mean of a sequence's ratios"}
-
-
-def check(config: OnlineConfig) -> list[str]:
-    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.online import check_online
-
-    return check_online(config)
 
 
 def describe(config: OnlineConfig, world_size: int) -> dict[str, str | int | float]:
     """The derived batch arithmetic and the algorithm in force, from the configuration alone."""
-    if config.prompts_per_step < world_size:
-        raise RefusedError(
-            f"prompts_per_step {config.prompts_per_step} over {world_size} processes leaves some without a prompt; "
-            f"set it to at least {world_size}"
-        )
-    rollouts = config.prompts_per_step * config.samples_per_prompt
     trained = config.prompts_per_step * config.trained_per_prompt
     algorithm = config.resolve()
     size = algorithm.rollouts_in_update(trained)
     updates = math.ceil(trained / size)
     about = "about " if config.minibatches == "prompts" else ""
-    steps = (
-        str(config.max_steps)
-        if config.max_steps > 0
-        else f"{config.num_train_epochs:g} x prompts / {config.prompts_per_step}, rounded up"
-    )
+    update = f"{algorithm.epochs} epochs x {updates} updates of {about}{size} rollouts"
     return {
-        "processes": world_size,
-        "steps": f"{steps}, each of a rollout phase and up to {algorithm.epochs * updates} optimizer steps",
-        "prompts per step": f"{config.prompts_per_step}, about {config.prompts_per_step / world_size:g} a process",
-        "rollouts per step": f"{config.prompts_per_step} prompts x {config.samples_per_prompt} samples = {rollouts}",
-        "optimizer steps per step": f"{algorithm.epochs} epochs x {updates} updates of {about}{size} rollouts",
-        "sampled tokens per step": f"at most {rollouts * config.rollout.max_turns * config.max_completion_length:,}",
-        "micro-batches": f"of {config.tokens_per_microbatch} tokens; they never change the gradient",
+        **describe_sampling(config, world_size, algorithm.epochs * updates),
+        "optimizer steps per step": update,
         **dict(_in_words(config, algorithm, algorithm.epochs * updates)),
     }
-
-
-def _reward(config: OnlineConfig) -> str:
-    """The sum that is maximised, before the algorithm makes advantages of it."""
-    parts = []
-    if config.environment != "question_answer":
-        parts.append(f"{config.environment_weight:g} the environment's own")
-    for entry in config.reward_keys().rewards:
-        options = [f"{name} {value}" for name, value in entry.options.items()]
-        more = ", ".join([*([entry.function] if entry.label != entry.function else []), *options])
-        parts.append(f"{entry.weight:g} {entry.label}{f' ({more})' if more else ''}")
-    return " + ".join(parts) + ("" if config.reward_clip is None else f", held within +-{config.reward_clip:g}")
 
 
 def _in_words(config: OnlineConfig, algorithm: Preset, num_updates: int) -> Iterator[tuple[str, str]]:
@@ -67,7 +34,7 @@ def _in_words(config: OnlineConfig, algorithm: Preset, num_updates: int) -> Iter
     loss = LossSettings(**algorithm.loss)
     own = ", ".join(_differences(config, algorithm))
     yield "algorithm", f"{config.algorithm_name}, {f'but for {own}' if own else 'as published'}"
-    yield "reward", _reward(config)
+    yield "reward", reward_in_words(config)
     advantage: str = algorithm.advantage
     if algorithm.needs_critic:
         advantage += f", gamma {algorithm.gamma:g}, lambda {algorithm.lam:g}"

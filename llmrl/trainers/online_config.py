@@ -1,52 +1,22 @@
-"""What every online method is configured with, and how keys become an algorithm. Loads without torch."""
+"""What every policy-gradient method is configured with, and how keys become an algorithm. Loads without torch."""
 
-import math
 from dataclasses import asdict, replace
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from llmrl.config import Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
-from llmrl.config.online import OnlineKeys, PolicyGradientKeys
+from llmrl.config.online import PolicyGradientKeys
 from llmrl.objectives.presets import Place, Preset, preset
 from llmrl.objectives.settings import LossSettings
-from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
+from llmrl.trainers.sampling_config import SamplingConfig
 
 
-class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGradientKeys, RunKeys):
-    """Keys of the methods that learn from their own rollouts."""
-
-    rewards: list[RewardFunctionKeys] = Field(default_factory=list)
-    """Reward functions, each a name or a section (function, weight, name, options); the reward is their weighted sum
-    and that of the environment's own rewards. Empty: the environment's own alone."""
-    task_evaluation: Annotated[TaskEvaluationKeys | None, Housekeeping()] = None
-    """Greedy accuracy on further problems with known answers, beside the held-out rows."""
-
-    @model_validator(mode="after")
-    def _rewarded(self) -> Self:
-        if self.environment == "question_answer" and not self.reward_keys().rewards:
-            raise ValueError(
-                "environment question_answer has no rewards of its own: name reward functions in `rewards`"
-            )
-        return self
-
-    def num_steps(self, num_prompts: int) -> int:
-        """Steps of the method: max_steps, or as many as the epochs need."""
-        if self.max_steps > 0:
-            return self.max_steps
-        return math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_step)
+class OnlineConfig(SamplingConfig, PolicyGradientKeys):
+    """Keys of the policy-gradient methods, which learn from their own rollouts."""
 
     def own_keys(self) -> list[tuple[str, Any, Any]]:
         """Keys beside the algorithm's own that change what is rewarded or trained on: (name, value, as published)."""
-        return self._beside_default("minibatches", "mask_truncated_completions", "reward_clip")
-
-    def _beside_default(self, *names: str) -> list[tuple[str, Any, Any]]:
-        fields = type(self).model_fields
-        return [(name, getattr(self, name), fields[name].get_default(call_default_factory=True)) for name in names]
-
-    def reward_keys(self) -> RewardKeys:
-        """What the reward functions are built from."""
-        return self
+        return self.beside_default("minibatches", "mask_truncated_completions", "reward_clip")
 
     @property
     def algorithm_name(self) -> str:
@@ -119,14 +89,6 @@ class OnlineConfig(ModelKeys, OnlineKeys, RewardKeys, OptimizationKeys, PolicyGr
             "correction_level": self.correction_level,
             "correction_cap": self.correction_cap,
         }
-
-    @model_validator(mode="after")
-    def _own_random_numbers(self) -> Self:
-        if self.max_staleness and self.engine.kind == "vllm" and self.use_peft and self.lora_dropout:
-            raise ValueError(
-                "max_staleness 1 with engine.kind vllm shares random numbers with lora_dropout; set it to 0"
-            )
-        return self
 
     @model_validator(mode="after")
     def _an_algorithm(self) -> Self:

@@ -14,7 +14,6 @@ from llmrl.envs import returned
 from llmrl.envs.tool_calls import parse_tool_calls
 from llmrl.errors import RefusedError
 from llmrl.learner.loading import load_config, load_tokenizer, max_positions
-from llmrl.objectives.presets import Preset
 from llmrl.rewards.scoring import Scorer, Scores
 from llmrl.rewards.shaping import soft_overlong
 from llmrl.rollout.dialogue import Dialogue
@@ -22,7 +21,7 @@ from llmrl.rollout.episode import Limits
 from llmrl.rollout.rendering import REASONING, Renderer
 from llmrl.rollout.threads import Maker, OverdueError, call
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
-from llmrl.trainers.online_config import OnlineConfig
+from llmrl.trainers.sampling_config import SamplingConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -35,16 +34,19 @@ RESERVED = ("prompts", "completions", "completion_ids", "log_extra", "log_metric
 
 
 class OnlineTask:
-    """What is asked and how it is judged; everything that can be wrong with it is refused here."""
+    """What is asked and how it is judged; everything that can be wrong with it is refused here.
+
+    `overlong_buffer`: the share of a turn's limit in which length is punished beside the reward (0: none).
+    """
 
     def __init__(
         self,
-        config: OnlineConfig,
-        algorithm: Preset,
+        config: SamplingConfig,
         say: Callable[[str], None],
         dataset: "Dataset | DatasetDict | None" = None,
+        overlong_buffer: float = 0.0,
     ) -> None:
-        self.config, self.algorithm = config, algorithm
+        self.config, self.overlong_buffer = config, overlong_buffer
         self.trainer_state: Callable[[], TrainerState] | None = None  # what reward functions get, once training begins
         path = models.resolve(config.model_name_or_path)
         self.tokenizer = load_tokenizer(path)
@@ -189,10 +191,10 @@ class OnlineTask:
 
     def _overlong(self, rollout: Rollout) -> float:
         """The soft punishment of a turn near its limit (DAPO, arXiv 2503.14476, Eq. 13); 0 without a buffer."""
-        if not self.algorithm.overlong_buffer or not rollout.turns:
+        if not self.overlong_buffer or not rollout.turns:
             return 0.0
         longest = self.config.max_completion_length
-        buffer = max(int(self.algorithm.overlong_buffer * longest), 1)
+        buffer = max(int(self.overlong_buffer * longest), 1)
         return soft_overlong(max(turn.end - turn.start for turn in rollout.turns), longest, buffer)
 
     def of_judging(self) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -210,7 +212,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
 
 
-def _longest(config: OnlineConfig, positions: int | None) -> int | None:
+def _longest(config: SamplingConfig, positions: int | None) -> int | None:
     """Tokens of a rollout: what was asked for, if the model can take it."""
     if positions is not None and config.max_length is not None and config.max_length > positions:
         raise RefusedError(f"max_length {config.max_length} exceeds the model's {positions} positions; lower it")

@@ -49,7 +49,7 @@ class CriticConfig(OnlineConfig):
         return super().loss_keys() | own | {"value_clip": self.value_clip}
 
     def own_keys(self) -> list[tuple[str, Any, Any]]:
-        return super().own_keys() + self._beside_default("value_gradient")
+        return super().own_keys() + self.beside_default("value_gradient")
 
     @model_validator(mode="after")
     def _the_critic_is_the_baseline(self) -> Self:

@@ -72,11 +72,11 @@ class RLSPConfig(CriticConfig):
         replaced = [("rewards", "one's own", "RLSP's")] if self.rewards else []
         judge = [] if self.judge is None else [("judge", self.judge.function, "none")]
         plain = [key for key in DERIVED if key != "judge"]
-        return super().own_keys() + replaced + judge + self._beside_default(*plain, "reward_missing")
+        return super().own_keys() + replaced + judge + self.beside_default(*plain, "reward_missing")
 
     @model_validator(mode="after")
     def _own_rewards(self) -> Self:
-        given = [key for key, own, its in self._beside_default(*DERIVED) if own != its]
+        given = [key for key, own, its in self.beside_default(*DERIVED) if own != its]
         if self.rewards and given:
             raise ValueError(
                 f"`rewards` replaces RLSP's own, so that {', '.join(given)} would be ignored: give one or other"

@@ -21,7 +21,6 @@ from llmrl.errors import LlmrlError, RefusedError, RunFailedError, RunInterrupte
 from llmrl.learner.learner import Learner
 from llmrl.learner.meeting import Meeting
 from llmrl.learner.sharding import gather_objects
-from llmrl.objectives.presets import Preset
 from llmrl.rollout.collector import Collected, Collector, GroupPolicy, Progress, Task
 from llmrl.rollout.protocol import Engine, row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
@@ -35,8 +34,8 @@ from llmrl.trainers.engines import (
     synchronise,
     wake_up,
 )
-from llmrl.trainers.online_config import OnlineConfig
 from llmrl.trainers.online_task import OnlineTask
+from llmrl.trainers.sampling_config import SamplingConfig
 
 MOST_REFILLS = 10
 Summed = TypeVar("Summed", int, float, list[float])
@@ -48,15 +47,18 @@ class Sampler:
     """Rolls out with the learner's policy.
 
     `policy_changed` after every step tells it that the engine's weights are old. `state_dict` and `load_state_dict` are
-    for the checkpoint.
+    for the checkpoint. `dynamic_sampling`: prompts whose rollouts are equally good are replaced.
     """
 
-    def __init__(self, config: OnlineConfig, algorithm: Preset, task: OnlineTask, learner: Learner, run: Run) -> None:
-        if config.max_staleness and algorithm.dynamic_sampling and learner.accelerator.num_processes > 1:
+    def __init__(
+        self, config: SamplingConfig, task: OnlineTask, learner: Learner, run: Run, dynamic_sampling: bool = False
+    ) -> None:
+        if config.max_staleness and dynamic_sampling and learner.accelerator.num_processes > 1:
             raise RefusedError(
                 "max_staleness 1 with dynamic sampling needs the ranks to agree while they train; use max_staleness 0"
             )
-        self.config, self.algorithm, self.task, self.learner, self.run = config, algorithm, task, learner, run
+        self.config, self.task, self.learner, self.run = config, task, learner, run
+        self.dynamic_sampling = dynamic_sampling
         self.meeting, self._closing = Meeting(learner.accelerator), False
         self.engine = self._built()
         self.adapter = adapter_alone(config, learner)
@@ -101,7 +103,7 @@ class Sampler:
                 found = self._whole(self._step(step))
             else:
                 found = self._whole(ahead.result())
-            if self.algorithm.dynamic_sampling:
+            if self.dynamic_sampling:
                 self._discard(found)
             keep(found)
             if self.config.max_staleness and not last:
@@ -158,7 +160,7 @@ class Sampler:
     def _step(self, step: int) -> list[Share]:
         """This rank's share of a step's rollouts, in as many collections as it took; the last may have failed."""
         shares = [self._asked(step, 0, self.config.prompts_per_step)]
-        if self.algorithm.dynamic_sampling:
+        if self.dynamic_sampling:
             for again in range(1, MOST_REFILLS + 1):
                 whole = self._whole(shares)
                 missing = self.config.prompts_per_step - sum(is_mixed(group) for group in whole.groups)

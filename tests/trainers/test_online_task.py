@@ -36,7 +36,7 @@ def task(tmp_path: Path, **settings: Any) -> tuple[OnlineTask, list[str]]:
     own = {"environment": f"{tmp_path / 'sums.py'}:Sums", "rewards": [], **settings}
     config = LOOPConfig(**yaml.safe_load(write_online_config(tmp_path, **own).read_text()))
     said: list[str] = []
-    return OnlineTask(config, config.resolve(), said.append), said
+    return OnlineTask(config, said.append, None, config.resolve().overlong_buffer), said
 
 
 def test_rows_of_the_environments_own_that_are_in_both_splits_are_counted(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.trainers.experience import Experience
 from llmrl.trainers.loop import LOOPConfig
-from llmrl.trainers.online import keep_rollouts
 from llmrl.trainers.online_task import OnlineTask
+from llmrl.trainers.sampled_run import keep_rollouts
 from llmrl.trainers.sampling import MOST_REFILLS, _Ahead, _restored, added, beside
 
 
@@ -129,7 +129,7 @@ def test_an_episode_that_nobody_judged_has_no_reward_and_one_that_was_cut_has_0(
     settings = {"dataset_name": None, "rewards": [], "environment": "number_guessing", "environment_weight": 0.5}
     settings["rollout"] = {"max_turns": 4}
     config = LOOPConfig(**yaml.safe_load(write_online_config(tmp_path, **settings).read_text()))
-    task = OnlineTask(config, config.resolve(), print)
+    task = OnlineTask(config, print)
     judged, silent, cut = (group(0, 0.0).rollouts[0] for _ in range(3))
     silent.turns = cut.turns = [replace(judged.turns[0], rewards={})]
     cut.end_state = "truncated-turns"
