@@ -13,9 +13,22 @@ the prompt) is for `overlong_prompts` to decide in every mode.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from llmrl.errors import RefusedError
 
 TruncationMode = Literal["keep_start", "keep_end", "drop", "error"]
+
+
+class LengthKeys(Protocol):
+    """The keys read here; `llmrl.config`'s DataKeys has them."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def truncation_mode(self) -> TruncationMode: ...
+    @property
+    def overlong_prompts(self) -> Literal["error", "drop"]: ...
 
 
 class OverlongError(Exception):

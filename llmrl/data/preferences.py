@@ -6,7 +6,7 @@ give the same rows and the same fingerprint on every rank and machine.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.faults import RowFault, refusal, sound
 from llmrl.data.formats import COLUMNS, Pair, check_columns, read_pair
-from llmrl.data.lengths import Fitting, OverlongError, TruncationMode, fit
+from llmrl.data.lengths import Fitting, LengthKeys, OverlongError, fit
 from llmrl.data.mapping import Fingerprint, combined, mapped
 from llmrl.data.splits import Rows, SplitKeys, train_and_heldout
 from llmrl.data.tokenization import Encoded, Encoder, check_chat_template, check_vocabulary
@@ -39,15 +39,8 @@ COUNTED = {
 }
 
 
-class PreferenceKeys(SplitKeys, Protocol):
+class PreferenceKeys(SplitKeys, LengthKeys, Protocol):
     """The keys read here; `llmrl.config`'s DataKeys has them."""
-
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def truncation_mode(self) -> TruncationMode: ...
-    @property
-    def overlong_prompts(self) -> Literal["error", "drop"]: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,8 @@ def prepare_preferences(
         part = mapped(preparation.sound(rows), preparation.batch, ID_COLUMNS, fingerprint=fingerprints[-1])
         counts.update({"rows": len(rows), name: len(part)})
         if rows is train:
-            _check_training(part, preparation.ended, encoder, rows, counts)
+            last_ids = part[0]["chosen_ids"] if len(part) else None
+            check_training(rows, last_ids, preparation.ended, encoder, counts, _changes(counts))
             if preparation.plain and tokenizer.chat_template:
                 say(f"data: {preparation.plain} pairs are text and no messages: taken as it stands, without a template")
         prepared.append(part)
@@ -145,7 +139,7 @@ class _Preparation:
             self.counts["dropped_faulty"] += 1
             return None
         except OverlongError as overlong:
-            self._drop_overlong(overlong, number)
+            self.counts[overlong.dropped(self.keys, f"{self.where}, row {number}")] += 1
             return None
         self._count(encoded, fitting)
         return dict(zip(ID_COLUMNS, (fitting.prompt_ids, *fitting.completions), strict=True)) | {"row": number}
@@ -168,16 +162,6 @@ class _Preparation:
                 "rejected", f"equal to `chosen` once {when}, so the pair prefers nothing; mend or remove the row"
             )
         return fitting
-
-    def _drop_overlong(self, overlong: OverlongError, number: int) -> None:
-        dropped = self.keys.overlong_prompts == "drop" if overlong.no_room else self.keys.truncation_mode == "drop"
-        if not dropped:
-            key = "overlong_prompts" if overlong.no_room else "truncation_mode"
-            raise RefusedError(
-                f"{self.where}, row {number}, column `prompt`: {overlong}; raise max_length, set {key}: drop "
-                "(dropped rows are counted), or shorten the row"
-            )
-        self.counts["dropped_overlong_prompts" if overlong.no_room else "dropped_overlong_completions"] += 1
 
     def _count(self, encoded: list[Encoded], fitting: Fitting) -> None:
         self.counts["truncated_prompts"] += fitting.cut_prompts
@@ -205,17 +189,23 @@ def _encoded(pairs: list[Pair], encoder: Encoder) -> list[list[Encoded] | RowFau
     return encoded
 
 
-def _check_training(part: Dataset, ended: int, encoder: Encoder, rows: Rows, counts: Counter[str]) -> None:
-    """Refuse training rows of which none is left, or that would never teach the policy when to stop."""
-    if len(part) == 0:
-        raise RefusedError(f"{rows.where}: empty after checking, all {len(rows)} rows were dropped: {_changes(counts)}")
+def check_training(
+    rows: Rows, last_ids: Sequence[int] | None, ended: int, encoder: Encoder, counts: Counter[str], changes: str
+) -> None:
+    """Refuse training rows of which none is left, or that would never teach the policy when to stop.
+
+    last_ids: of a completion that was kept, None where none was; ended: kept completions that hold their stop token;
+    changes: what was dropped and cut, in words.
+    """
+    if last_ids is None:
+        raise RefusedError(f"{rows.where}: empty after checking, all {len(rows)} rows were dropped: {changes}")
     if ended:
         return
     if counts["without_stop_token"]:
         stops = ", ".join(encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.stop_ids))) or "there is none"
         raise RefusedError(
             f"{rows.where}: the chat template never ends an answer with a stop token ({stops}), so the model would not "
-            f"learn to stop; an answer ends with {encoder.decode(part[0]['chosen_ids'][-8:])!r}. Set eos_token in "
+            f"learn to stop; an answer ends with {encoder.decode(last_ids[-8:])!r}. Set eos_token in "
             "tokenizer_config.json to the token that ends a turn, or use a template that ends turns with EOS"
         )
     raise RefusedError(
