@@ -1,0 +1,198 @@
+"""A run on a fixed set of groups: what the loops of DPO, VPO, CPL and BRAIn have in common.
+
+    offline = OfflineRun(config, run, tokenizer, data, config.pairs_per_step, callbacks=callbacks)
+    offline.prepare(pair, {"preference": partial(preference_metrics, objective=objective)})
+    for step in offline.session.steps():
+        offline.session.record(offline.learner.update(offline.groups(step), objective))
+    offline.session.finish()
+
+Invariants
+- Which groups a step sees follows from its number, the seed and the number of rows alone.
+- The reference is the policy as it is before its first update. Its precomputed log-probabilities are taken step by
+  step, so that a group is packed beside the same others as in training: log-ratios start at exactly 0. A resumed run
+  computes them again, from the same initial weights.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from llmrl import models
+from llmrl.config import ModelKeys, OptimizationKeys
+from llmrl.data.order import rows_for_step
+from llmrl.data.preferences import PreferenceData, prepare_preferences
+from llmrl.data.tokenization import check_vocabulary
+from llmrl.evaluation.progress import Ticker
+from llmrl.learner.learner import Learner
+from llmrl.learner.loading import load_config, load_tokenizer, stop_token_ids
+from llmrl.learner.sequences import Floats, Group, completion
+from llmrl.runs import Run
+from llmrl.trainers import checks, setup
+from llmrl.trainers.offline_config import OfflineKeys, PairKeys
+from llmrl.trainers.session import Evaluations, Session
+
+Say = Callable[[str], None]
+GroupOf = Callable[[dict[str, Any]], Group]
+"""A tokenised row -> its group, without the reference's log-probabilities."""
+HeldoutMetrics = Callable[[list[Group], list[list[Floats]]], dict[str, float]]
+"""(held-out groups, the policy's log-probabilities of each of their sequences) -> numbers."""
+
+
+class GroupData(Protocol):
+    """Prepared rows: those to train on, those held out, and the fingerprint of both."""
+
+    @property
+    def train(self) -> Dataset: ...
+    @property
+    def heldout(self) -> Dataset | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class OfflineRun:
+    """A run on a fixed set of groups; the loop stands in the method's own file (above).
+
+    groups_per_step: over all processes together. noun: what a group is called where progress is told.
+    learner_options: LearnerOptions that the method sets.
+    """
+
+    def __init__(
+        self,
+        config: OfflineKeys,
+        run: Run,
+        tokenizer: PreTrainedTokenizerBase,
+        data: GroupData,
+        groups_per_step: int,
+        noun: str = "pairs",
+        callbacks: Sequence[TrainerCallback] = (),
+        **learner_options: Any,
+    ) -> None:
+        run.verify_dataset(data.fingerprint)
+        self.config, self.run, self.data, self.groups_per_step, self.noun = config, run, data, groups_per_step, noun
+        problems = setup.task_problems(config.task_evaluation, config, tokenizer, run.note)
+        self.total_steps = num_steps(config, groups_per_step, len(data.train))
+        self.learner: Learner = setup.build_learner(
+            config, config, config, self.total_steps, run.note, **learner_options
+        )
+        self._answers = setup.task_evaluation(problems, self.learner.causal_lm, self.learner.accelerator, run)
+        self.session = Session(
+            run, self.learner, tokenizer, self.total_steps, data.fingerprint, self.evaluate, callbacks
+        )
+        self._known: dict[int, list[Floats]] = {}
+        self._heldout: list[Group] = []
+        self._metrics: Mapping[str, HeldoutMetrics] = {}
+
+    def prepare(
+        self,
+        group_of: GroupOf,
+        metrics: Mapping[str, HeldoutMetrics],
+        *,
+        heldout_of: GroupOf | None = None,
+        reference: bool = True,
+    ) -> None:
+        """Score what the reference has to score; call it once, before the first step.
+
+        metrics: of held-out groups, by the name of the evaluation. heldout_of: makes held-out groups, where they are
+        others than those trained on. reference: whether the method compares with one at all.
+        """
+        self._group_of, self._metrics = group_of, metrics
+        if reference and self.learner.reference_kind == "precomputed":
+            self.run.note("Computing the reference's log-probabilities with the initial weights.")
+            self._known = self.scored_rows(range(self.total_steps))
+        self._heldout = [(heldout_of or group_of)(row) for row in self.data.heldout or []]
+        if reference:
+            scored = self.score(self._heldout, f"held-out {self.noun} scored by the reference")
+            self._heldout = [with_reference(g, known) for g, known in zip(self._heldout, scored, strict=True)]
+
+    def rows(self, step: int) -> list[int]:
+        """The training rows of step `step` (from 0)."""
+        return rows_for_step(step, self.groups_per_step, len(self.data.train), self.config.seed)
+
+    def groups(self, step: int) -> list[Group]:
+        """The groups of step `step`, with the reference's log-probabilities where they are precomputed."""
+        return [with_reference(self._group_of(self.data.train[row]), self._known.get(row)) for row in self.rows(step)]
+
+    def scored_rows(self, steps: Iterable[int]) -> dict[int, list[Floats]]:
+        """Log-probabilities, with the weights as they are, of all rows that these steps see, by row."""
+        known: dict[int, list[Floats]] = {}
+        batches = [self.rows(step) for step in steps]
+        used = len({row for rows in batches for row in rows})
+        ticker = Ticker(self.run.console.say, f"training {self.noun} scored by the reference")
+        for rows in batches:
+            if len(known) == used:
+                break
+            if any(row not in known for row in rows):
+                scored = self.learner.logprobs([self._group_of(self.data.train[row]) for row in rows])
+                for row, logprobs in zip(rows, scored, strict=True):
+                    known.setdefault(row, logprobs)
+                ticker(len(known), used)
+        return known
+
+    def score(self, groups: list[Group], what: str) -> list[list[Floats]]:
+        """Log-probabilities with the weights as they are; progress is told in the words of `what`."""
+        return self.learner.logprobs(groups, progress=Ticker(self.run.console.say, what))
+
+    def evaluate(self) -> Evaluations:
+        """Metrics of the held-out groups, and the answers to the problems of task_evaluation."""
+        found: Evaluations = {}
+        if self._heldout and self._metrics:
+            scored = self.score(self._heldout, f"held-out {self.noun} scored by the policy")
+            found = {name: metrics(self._heldout, scored) for name, metrics in self._metrics.items()}
+        return found | self._answers()
+
+
+def num_steps(config: OptimizationKeys, groups_per_step: int, num_groups: int) -> int:
+    """Optimizer steps: max_steps, or as many as the epochs need, the last one filled up from the next epoch."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * num_groups / groups_per_step)
+
+
+def with_reference(group: Group, logprobs: list[Floats] | None) -> Group:
+    """The group with the reference's log-probabilities of its sequences; unchanged for None."""
+    if logprobs is None:
+        return group
+    return tuple(dataclasses.replace(s, reference_logprobs=known) for s, known in zip(group, logprobs, strict=True))
+
+
+def pair(row: dict[str, Any]) -> Group:
+    """A row of PreferenceData -> the group (chosen, rejected)."""
+    return completion(row["prompt_ids"], row["chosen_ids"]), completion(row["prompt_ids"], row["rejected_ids"])
+
+
+def tokenizer_of(config: ModelKeys) -> tuple[PreTrainedTokenizerBase, frozenset[int]]:
+    """The model's tokenizer, checked against its vocabulary, and the tokens at which its generation stops."""
+    path = models.resolve(config.model_name_or_path)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, load_config(path))
+    return tokenizer, frozenset(stop_token_ids(path))
+
+
+def preference_data(config: PairKeys, say: Say, dataset: Any = None) -> tuple[PreTrainedTokenizerBase, PreferenceData]:
+    """The configured pairs, tokenised; `dataset` replaces `dataset_name` by a `datasets` object."""
+    tokenizer, stops = tokenizer_of(config)
+    return tokenizer, prepare_preferences(
+        config, tokenizer, say, dataset=dataset, stop_token_ids=stops, faulty_rows=config.faulty_rows
+    )
+
+
+def check_offline(
+    config: OfflineKeys,
+    load: Callable[[Say], tuple[PreTrainedTokenizerBase, GroupData]],
+    groups_per_step: int,
+    noun: str = "pairs",
+) -> list[str]:
+    """Every mistake that can be found without training; returns lines to print, raises RefusedError.
+
+    load: reads the data as training would.
+    """
+    said: list[str] = []
+    tokenizer, data = load(said.append)
+    setup.task_problems(config.task_evaluation, config, tokenizer, said.append)
+    steps = num_steps(config, groups_per_step, len(data.train))
+    said.append(f"{len(data.train)} {noun} to train on, {len(data.heldout or [])} held out; {steps} optimizer steps")
+    return said + checks.fits(config, config, config)
