@@ -38,6 +38,17 @@ class OverlongError(Exception):
         super().__init__(reason)
         self.no_room = no_room
 
+    def dropped(self, keys: LengthKeys, place: str, column: str = "prompt") -> str:
+        """What a row that is dropped for it is counted as; raises RefusedError (`place`: its file and number) where the
+        keys do not have it dropped."""
+        key = "overlong_prompts" if self.no_room else "truncation_mode"
+        if (keys.overlong_prompts if self.no_room else keys.truncation_mode) != "drop":
+            raise RefusedError(
+                f"{place}, column `{column}`: {self}; raise max_length, set {key}: drop (dropped rows are counted), or "
+                "shorten the row"
+            )
+        return "dropped_overlong_prompts" if self.no_room else "dropped_overlong_completions"
+
 
 @dataclass(frozen=True)
 class Fitting:
