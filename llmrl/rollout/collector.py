@@ -45,12 +45,14 @@ class GroupPolicy:
 
 @dataclass(frozen=True)
 class Task:
-    """Ask for `samples` rollouts of one row (numbered from 1), with seeds that follow from `seed`."""
+    """Ask for `samples` rollouts of one row (numbered from 1), with seeds that follow from `seed`; `given`: tokens with
+    which the policy's first completion begins, for what would follow them."""
 
     number: int
     row: dict[str, Any]
     samples: int
     seed: int
+    given: tuple[int, ...] = ()
 
 
 @dataclass
@@ -245,7 +247,7 @@ class _Collection:
 
     async def _rollout(self, task: Task, s: int, seed: int) -> Rollout:
         started = time.monotonic()
-        episode = Episode(self.stage, task.row, seed)
+        episode = Episode(self.stage, task.row, seed, task.given)
         self.under_way.add(episode)
         try:
             async with asyncio.timeout(self.limits.rollout_seconds) as limit:

@@ -5,8 +5,9 @@ every call of it has a deadline. What the engine or the template refuses is not 
 """
 
 import asyncio
+import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -56,11 +57,13 @@ class Stage:
 class Episode:
     """The token side and the environment side of one rollout, brought together.
 
-    `waits_for`: what it waits for now. `close_failed`: whether its environment could not be closed.
+    `given`: tokens with which the first completion begins, whatever the policy would have said. `waits_for`: what it
+    waits for now. `close_failed`: whether its environment could not be closed.
     """
 
-    def __init__(self, stage: Stage, row: dict[str, Any], seed: int) -> None:
+    def __init__(self, stage: Stage, row: dict[str, Any], seed: int, given: Sequence[int] = ()) -> None:
         self.stage, self.limits, self.row, self.seed = stage, stage.limits, row, seed
+        self.given = list(given)
         self.waits_for, self.close_failed = "nothing", False
         self.environment: Environment | None = None
         self.dialogue: Dialogue | None = None
@@ -78,7 +81,7 @@ class Episode:
         self.opening = len(self.dialogue.messages)
         for turn in range(self.limits.max_turns):
             room = self._room()
-            if room < 1:
+            if room < 1 + (0 if turn else len(self.given)):
                 return ("truncated-length" if turn else "truncated-prompt"), ""
             message = await self._complete(self.dialogue, turn, room)
             if isinstance(message, ParseFault):
@@ -113,12 +116,16 @@ class Episode:
     async def _complete(self, dialogue: Dialogue, turn: int, room: int) -> dict[str, Any] | ParseFault:
         self.waits_for = "the engine"
         seed, stop = row_seed(self.seed, turn, 0), self.limits.stop_token_ids
-        sampling = SamplingParams(room, self.stage.temperature, seed=seed, stop_token_ids=stop)
-        found = await self.stage.engine.complete(dialogue.prompt_ids, sampling)
-        message = dialogue.complete(found.token_ids, found.finish_reason)
+        given = [] if turn else self.given
+        sampling = SamplingParams(room - len(given), self.stage.temperature, seed=seed, stop_token_ids=stop)
+        found = await self.stage.engine.complete([*dialogue.prompt_ids, *given], sampling)
+        message = dialogue.complete([*given, *found.token_ids], found.finish_reason)
         pieces = dialogue.pieces()
         piece, (_, start, end) = len(pieces) - 1, pieces[-1].turns[-1]
-        self.turns.append(Turn(piece, start, end, found.logprobs, found.finish_reason, found.policy_version))
+        logprobs = [*[math.nan] * len(given), *found.logprobs]
+        self.turns.append(
+            Turn(piece, start, end, logprobs, found.finish_reason, found.policy_version, given=len(given))
+        )
         return message
 
     async def _environment(self, method: str, *arguments: Any) -> Any:

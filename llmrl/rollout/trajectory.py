@@ -28,7 +28,8 @@ BROKEN: tuple[EndState, ...] = ("error-timeout", "error-abort")
 class Turn:
     """One completion: tokens [start, end) of a piece, their log-probabilities when sampled, the weights' version.
 
-    `rewards`: what the environment gave for it, by name.
+    `rewards`: what the environment gave for it, by name. `given`: its first tokens that were not sampled but given,
+    whose log-probabilities are NaN.
     """
 
     piece: int
@@ -38,6 +39,7 @@ class Turn:
     finish_reason: str
     policy_version: int
     rewards: dict[str, float] = field(default_factory=dict)
+    given: int = 0
 
 
 @dataclass
@@ -67,11 +69,11 @@ class Rollout:
     @property
     def num_sampled(self) -> int:
         """Tokens that the policy sampled."""
-        return sum(turn.end - turn.start for turn in self.turns)
+        return sum(turn.end - turn.start - turn.given for turn in self.turns)
 
     @property
     def sampled_ids(self) -> list[int]:
-        """The sampled tokens of all turns in order."""
+        """The policy's tokens of all turns in order, with those that were given to it as its own."""
         return [token for turn in self.turns for token in self.pieces[turn.piece][turn.start : turn.end]]
 
     @property

@@ -1,6 +1,7 @@
 """The collector with a real engine: nobody waits for anybody, every rollout ends once, broken ones are dealt with."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -414,3 +415,29 @@ def test_a_cut_turn_ends_the_rollout_or_is_closed_and_answered() -> None:
             if turn.finish_reason == "length":  # the closing token stands behind it, and nobody sampled it
                 assert rollout.pieces[turn.piece][turn.end] == TOKENIZER.eos_token_id
                 assert following.start > turn.end
+
+
+def test_a_rollout_goes_on_from_tokens_that_it_is_given() -> None:
+    """What the policy would say greedily after its own first tokens is what it said after them."""
+    one = Limits(max_turns=1, max_completion_length=20)
+    collector = Collector(engine(), Renderer(TOKENIZER), Talk, one, own_rewards)
+    task = Task(1, {"word": "red", "turns": 1}, 1, seed=7)
+    (whole,) = collector.collect([task], temperature=0).groups[0].rollouts
+    given = tuple(whole.sampled_ids[:5])
+    (after,) = collector.collect([replace(task, given=given)], temperature=0).groups[0].rollouts
+    assert after.pieces == whole.pieces
+    assert after.messages == whole.messages
+    assert after.reward == whole.reward
+    assert after.end_state == whole.end_state
+    (turn,) = after.turns
+    assert (turn.given, after.num_sampled) == (5, whole.num_sampled - 5)
+    assert all(math.isnan(logprob) for logprob in turn.logprobs[:5])
+    assert turn.logprobs[5:] == pytest.approx(whole.turns[0].logprobs[5:], abs=1e-4)
+
+
+def test_tokens_that_leave_no_room_end_a_rollout() -> None:
+    one = Limits(max_turns=1, max_completion_length=5)
+    collector = Collector(engine(), Renderer(TOKENIZER), Talk, one, own_rewards)
+    task = Task(1, {"word": "red", "turns": 1}, 1, seed=7, given=(8, 9, 10, 11, 12))
+    (rollout,) = collector.collect([task]).groups[0].rollouts
+    assert (rollout.end_state, rollout.turns) == ("truncated-prompt", [])

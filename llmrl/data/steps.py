@@ -1,0 +1,90 @@
+"""An answer as steps: where each ends in its text, and after which of the tokens that were sampled.
+
+Invariants: a step holds the delimiter that closes it, the last one whatever ends the answer; the steps of an answer are
+all of it; nothing is tokenised again, so a token that reaches over a boundary belongs to the step before it.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from os.path import commonprefix
+
+from llmrl.errors import RefusedError
+
+Segmenter = Callable[[str], list[str]]
+"""From a text to its steps in order, which together are the text."""
+
+
+def by_delimiter(pattern: str) -> Segmenter:
+    """Steps that end with a match of the regular expression. Raises RefusedError for one that is none."""
+    try:
+        delimiter = re.compile(pattern)
+    except re.error as error:
+        raise RefusedError(f"step_delimiter {pattern!r} is no regular expression: {error}") from None
+    if delimiter.match(""):
+        raise RefusedError(f"step_delimiter {pattern!r} matches the empty text, so every character would be a step")
+
+    def split(text: str) -> list[str]:
+        ends = [*(match.end() for match in delimiter.finditer(text)), len(text)]
+        return [text[start:end] for start, end in zip([0, *ends], ends, strict=False) if end > start]
+
+    return split
+
+
+def by_function(function: Callable[[str], list[str]], name: str) -> Segmenter:
+    """The user's own, of which it is checked that it gives steps. Raises RefusedError where it does not."""
+
+    def split(text: str) -> list[str]:
+        try:
+            steps = list(function(text))
+        except Exception as error:
+            raise RefusedError(
+                f"step_function {name} raised {type(error).__name__}: {error} on {text!r:.200}"
+            ) from error
+        if not all(isinstance(step, str) for step in steps) or "".join(steps) != text:
+            raise RefusedError(
+                f"step_function {name} must give the steps as texts that together are the answer; of {text!r:.200} it "
+                f"made {steps!r:.200}"
+            )
+        return steps
+
+    return split
+
+
+def steps_of(text: str, split: Segmenter) -> list[str]:
+    """The steps of a text; one without any visible character belongs to the step before it, or else after it."""
+    steps: list[str] = []
+    for step in split(text):
+        if steps and not (step.strip() and steps[-1].strip()):
+            steps[-1] += step
+        else:
+            steps.append(step)
+    return steps
+
+
+def step_ends(token_ids: Sequence[int], split: Segmenter, decode: Callable[[Sequence[int]], str]) -> list[int]:
+    """How many of the answer's tokens there are up to the end of each step, the last time all of them.
+
+    `decode` gives the text of tokens, without special ones; that of an answer's first tokens is how the answer's text
+    begins, but for a character of which a part is missing.
+    """
+    text = decode(token_ids)
+    ends: list[int] = []
+    place = 0
+    for step in steps_of(text, split)[:-1]:
+        place += len(step)
+        end = _tokens_up_to(place, text, token_ids, decode)
+        if end not in ends and decode(token_ids[end:]).strip():
+            ends.append(end)
+    return [*ends, len(token_ids)]
+
+
+def _tokens_up_to(place: int, text: str, token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> int:
+    """The fewest tokens whose text holds the first `place` characters."""
+    low, high = 0, len(token_ids)
+    while low < high:
+        middle = (low + high) // 2
+        if len(commonprefix([decode(token_ids[:middle]), text])) >= place:
+            high = middle
+        else:
+            low = middle + 1
+    return low
