@@ -90,14 +90,14 @@ def _explicit(prompt: Any, chosen: Text, rejected: Text, column: str) -> Pair:
         # A text beside whole dialogues repeats their first turn; beside bare answers it is the user's turn.
         if len(chosen) > 1 and len(rejected) > 1:
             return _implicit(chosen, rejected)
-        return Pair([{"role": "user", "content": prompt}], _answer(chosen), _answer(rejected))
+        return Pair([{"role": "user", "content": prompt}], as_answer(chosen), as_answer(rejected))
     messages = read_dialogue(prompt, column)
     if not messages:
         raise RowFault(column, f"no message in it; {MEND}")
-    return Pair(messages, _answer(chosen, messages), _answer(rejected, messages))
+    return Pair(messages, as_answer(chosen, messages), as_answer(rejected, messages))
 
 
-def _answer(completion: Text, prompt: Sequence[Message] = ()) -> list[Message]:
+def as_answer(completion: Text, prompt: Sequence[Message] = ()) -> list[Message]:
     """A completion as messages, less the prompt where it repeats it."""
     messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     repeats = len(prompt) > 0 and messages[: len(prompt)] == list(prompt)
