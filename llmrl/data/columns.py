@@ -15,6 +15,8 @@ OTHER_NAMES = {
     "rejected": ("dispreferred", "loser", "negative", "bad"),
     "completion": ("response", "output", "answer", "solution", "target"),
     "answer": ("solution", "target", "label", "result"),
+    "completions": ("responses", "outputs", "samples", "answers", "generations"),
+    "rewards": ("scores", "reward", "score", "labels"),
 }
 PICTURES = ("image", "images", "video", "videos", "audio")
 MEND = "mend or remove the row"
