@@ -7,7 +7,8 @@
 | implicit prompt | `chosen` and `rejected` only: whole dialogues (messages or text) that begin alike |
 | conversations | `conversations` (messages) as the prompt, `chosen` and `rejected` one message each |
 
-Optional: `tools` (a list, or JSON text) and `chat_template_kwargs` (an object, or JSON text).
+Optional: `tools` (a list, or JSON text) and `chat_template_kwargs` (an object, or JSON text). For VPO `calibration`:
+further answers to the same prompt, one (as `chosen` is written) or a list of them.
 
 Invariants of a `Pair`: both completions are of the same form as the prompt, are not empty and differ; in a dialogue
 each is one assistant message, so that every token of it is the policy's own.
@@ -32,18 +33,23 @@ from llmrl.data.messages import HUMAN_MARK, Message, implicit_prompt, says_somet
 Text = str | list[Message]
 
 COLUMNS = ("prompt", "conversations", "chosen", "rejected", "tools", "chat_template_kwargs")
+CALIBRATION = "calibration"
 EMPTY = f"an empty completion, which teaches nothing; {MEND}"
 EQUAL = f"equal to `chosen`, so the pair prefers nothing; {MEND}"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with two answers: three texts, or three lists of messages; `extras` are arguments for their template."""
+    """A prompt with two answers: three texts, or three lists of messages; `extras` are arguments for their template.
+
+    `calibration`: further answers to the prompt, of which none is preferred.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
     extras: dict[str, Any] = field(default_factory=dict)
+    calibration: tuple[Text, ...] = ()
 
     @property
     def conversational(self) -> bool:
@@ -81,6 +87,26 @@ def read_pair(row: dict[str, Any]) -> Pair:
     if extras["tools"] and not pair.conversational:
         raise RowFault("tools", "needs the conversational format: plain text has no chat template to show them in")
     return replace(pair, extras=extras)
+
+
+def with_calibration(pair: Pair, row: dict[str, Any]) -> Pair:
+    """The pair with the answers in the row's column `calibration`; raises RowFault."""
+    value = row[CALIBRATION]
+    if not value:
+        raise RowFault(CALIBRATION, f"no answer in it; {MEND}")
+    several = isinstance(value, list) and not isinstance(value[0], dict)
+    answers = [_calibrating(answer, pair) for answer in (value if several else [value])]
+    return replace(pair, calibration=tuple(answers))
+
+
+def _calibrating(value: Any, pair: Pair) -> Text:
+    answer = read_text_or_dialogue(value, CALIBRATION)
+    if isinstance(pair.prompt, list):
+        answer = as_answer(answer, pair.prompt)
+    elif not isinstance(answer, str):
+        raise RowFault(CALIBRATION, f"messages, and the pair is text; {MEND}")
+    _check_completion(answer, CALIBRATION)
+    return answer
 
 
 def _explicit(prompt: Any, chosen: Text, rejected: Text, column: str) -> Pair:

@@ -5,6 +5,7 @@ Invariants: the two completions of a row follow the same prompt ids, are not emp
 give the same rows and the same fingerprint on every rank and machine.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from typing import Any, Literal, Protocol
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from llmrl.data.columns import missing
 from llmrl.data.faults import RowFault, refusal, sound
-from llmrl.data.formats import COLUMNS, Pair, check_columns, read_pair
+from llmrl.data.formats import CALIBRATION, COLUMNS, Pair, check_columns, read_pair, with_calibration
 from llmrl.data.lengths import Fitting, LengthKeys, OverlongError, fit
 from llmrl.data.mapping import Fingerprint, combined, mapped
 from llmrl.data.splits import Rows, SplitKeys, train_and_heldout
@@ -26,6 +28,7 @@ __all__ = ["PreferenceData", "PreferenceKeys", "check_vocabulary", "prepare_pref
 Say = Callable[[str], None]
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+CALIBRATION_COLUMNS = ("calibration_ids", "calibration_lengths")
 COUNTED = {
     "dropped_faulty": "rows dropped as faulty",
     "dropped_overlong_prompts": "rows dropped because max_length leaves no room for prompt and completion",
@@ -47,7 +50,9 @@ class PreferenceKeys(SplitKeys, LengthKeys, Protocol):
 class PreferenceData:
     """Pairs to train on and pairs held out.
 
-    train, heldout: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (int32 lists) and `row` (in the source, from 1).
+    train, heldout: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (int32 lists) and `row` (in the source, from 1);
+    train also, where they were asked for, `calibration_ids`, all of a row's calibration answers one after another, and
+    `calibration_lengths`, the length of each.
     counts: `rows` read, `train_rows` and `heldout_rows` kept, and all that was dropped or changed, by COUNTED's names.
     fingerprint: of the token ids of both parts, in order; no path, name or version goes into it.
     """
@@ -66,11 +71,13 @@ def prepare_preferences(
     dataset: Dataset | DatasetDict | None = None,
     stop_token_ids: Collection[int] = (),
     faulty_rows: Literal["error", "drop"] = "error",
+    calibration: bool = False,
 ) -> PreferenceData:
     """Read, check, render and tokenise preference pairs (formats: `llmrl.data.formats`).
 
     dataset: used instead of `config.dataset_name`. stop_token_ids: where generation stops besides the tokenizer's EOS.
     faulty_rows: what happens to rows that are no pair (one with an empty completion, say); `drop` counts them.
+    calibration: read the training rows' further answers as well.
     Raises RefusedError naming source, row, column and remedy.
     """
     train, heldout = train_and_heldout(config, say, dataset)
@@ -81,9 +88,11 @@ def prepare_preferences(
     for rows, name in ((train, "train_rows"), (heldout, "heldout_rows")):
         if rows is None:
             continue
-        preparation = _Preparation(config, encoder, rows.where, faulty_rows, counts)
+        further = calibration and rows is train
+        preparation = _Preparation(config, encoder, rows.where, faulty_rows, counts, further)
         fingerprints.append(Fingerprint())
-        part = mapped(preparation.sound(rows), preparation.batch, ID_COLUMNS, fingerprint=fingerprints[-1])
+        columns = (*ID_COLUMNS, *(CALIBRATION_COLUMNS if further else ()))
+        part = mapped(preparation.sound(rows), preparation.batch, columns, fingerprint=fingerprints[-1])
         counts.update({"rows": len(rows), name: len(part)})
         if rows is train:
             last_ids = part[0]["chosen_ids"] if len(part) else None
@@ -102,28 +111,40 @@ class _Preparation:
     pairs that are text and no messages."""
 
     def __init__(
-        self, keys: PreferenceKeys, encoder: Encoder, where: str, faulty_rows: str, counts: Counter[str]
+        self,
+        keys: PreferenceKeys,
+        encoder: Encoder,
+        where: str,
+        faulty_rows: str,
+        counts: Counter[str],
+        calibration: bool = False,
     ) -> None:
-        self.keys, self.encoder, self.where, self.counts = keys, encoder, where, counts
+        self.keys, self.encoder, self.where, self.counts, self.calibration = keys, encoder, where, counts, calibration
         self.drops_faulty = faulty_rows == "drop"
         self.ended, self.plain = 0, 0
 
     def sound(self, rows: Rows) -> Rows:
         """The rows that are pairs, read before any is tokenised; the others are refused together, or dropped."""
         check_columns(rows.table.column_names, rows.table[0], self.where)
-        kept = sound(rows.columns(COLUMNS), self._check, drop=self.drops_faulty)
+        if self.calibration and CALIBRATION not in rows.table.column_names:
+            raise missing(CALIBRATION, rows.table.column_names, self.where, COLUMNS)
+        columns = (*COLUMNS, *([CALIBRATION] if self.calibration else []))
+        kept = sound(rows.columns(columns), self._check, drop=self.drops_faulty)
         self.counts["dropped_faulty"] += len(rows) - len(kept)
         return kept
 
+    def _read(self, row: dict[str, Any]) -> Pair:
+        return with_calibration(read_pair(row), row) if self.calibration else read_pair(row)
+
     def _check(self, row: dict[str, Any]) -> None:
-        if read_pair(row).conversational:
+        if self._read(row).conversational:
             check_chat_template(self.encoder.tokenizer, self.where)
         else:
             self.plain += 1
 
     def batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
         """Token ids of the rows that are kept."""
-        encoded = _encoded([read_pair(row) for row in rows], self.encoder)
+        encoded = _encoded([self._read(row) for row in rows], self.encoder)
         kept = [self._kept(row, number) for row, number in zip(encoded, numbers, strict=True)]
         return [row for row in kept if row is not None]
 
@@ -142,7 +163,12 @@ class _Preparation:
             self.counts[overlong.dropped(self.keys, f"{self.where}, row {number}")] += 1
             return None
         self._count(encoded, fitting)
-        return dict(zip(ID_COLUMNS, (fitting.prompt_ids, *fitting.completions), strict=True)) | {"row": number}
+        chosen, rejected, *further = fitting.completions
+        kept = dict(zip(ID_COLUMNS, (fitting.prompt_ids, chosen, rejected), strict=True)) | {"row": number}
+        if self.calibration:
+            together = list(itertools.chain.from_iterable(further))
+            kept |= dict(zip(CALIBRATION_COLUMNS, (together, list(map(len, further))), strict=True))
+        return kept
 
     def _fitted(self, encoded: list[Encoded]) -> Fitting:
         prompt_ids = encoded[0].prompt_ids
@@ -152,7 +178,8 @@ class _Preparation:
                 "empty, and the tokenizer puts no token before an answer, so that its first token has nothing "
                 "to be predicted from; give a prompt",
             )
-        for column, part in zip(("chosen", "rejected"), encoded, strict=True):
+        columns = ("chosen", "rejected", *[CALIBRATION] * (len(encoded) - 2))
+        for column, part in zip(columns, encoded, strict=True):
             if len(part.completion_ids) <= part.ends:
                 raise RowFault(column, "an empty completion once it is tokenised; mend or remove the row")
         fitting = fit(prompt_ids, [e.completion_ids for e in encoded], self.keys.max_length, self.keys.truncation_mode)
@@ -174,13 +201,14 @@ class _Preparation:
 
 
 def _encoded(pairs: list[Pair], encoder: Encoder) -> list[list[Encoded] | RowFault]:
-    """(chosen, rejected) of each pair; plain and conversational ones each in one go."""
+    """(chosen, rejected, *calibration) of each pair; plain and conversational ones each in one go."""
     encoded: list[Any] = [None] * len(pairs)
     plain = [i for i, pair in enumerate(pairs) if not pair.conversational]
     spoken = [i for i, pair in enumerate(pairs) if pair.conversational]
 
     def prompts_and_answers(indices: list[int]) -> tuple[list[Any], list[Any]]:
-        return [pairs[i].prompt for i in indices], [(pairs[i].chosen, pairs[i].rejected) for i in indices]
+        answers = [(pairs[i].chosen, pairs[i].rejected, *pairs[i].calibration) for i in indices]
+        return [pairs[i].prompt for i in indices], answers
 
     extras = [pairs[i].extras for i in spoken]
     results = [*encoder.plain(*prompts_and_answers(plain)), *encoder.rendered(*prompts_and_answers(spoken), extras)]

@@ -351,3 +351,57 @@ def test_real_dialogues_as_text_with_an_implicit_prompt(plain: PreTrainedTokeniz
         assert prompt.endswith("\n\nAssistant:")
         for column in ("chosen", "rejected"):
             assert prompt + plain.decode(row[f"{column}_ids"]) == rows[row["row"] - 1][column] + "</s>"
+
+
+def calibration_of(tokenizer: PreTrainedTokenizerFast, data: PreferenceData) -> list[str]:
+    ids = iter(data.train[0]["calibration_ids"])
+    return [tokenizer.decode(list(itertools.islice(ids, length))) for length in data.train[0]["calibration_lengths"]]
+
+
+@pytest.mark.parametrize(
+    ("pair", "written", "expected"),
+    [
+        (GOOD, [" 4 or so", " 7"], [" 4 or so<|im_end|>", " 7<|im_end|>"]),
+        (GOOD, " 7", [" 7<|im_end|>"]),
+        (
+            {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+            ["7", "8"],
+            ["7<|im_end|>", "8<|im_end|>"],
+        ),
+        (
+            {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+            [[assistant("7")], [assistant("8")]],
+            ["7<|im_end|>", "8<|im_end|>"],
+        ),
+        (
+            {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]},
+            [user("2+2?"), assistant("7")],
+            ["7<|im_end|>"],
+        ),
+    ],
+)
+def test_calibration_answers_follow_the_prompt_like_the_pair(
+    chat: PreTrainedTokenizerFast, pair: dict[str, Any], written: Any, expected: list[str]
+) -> None:
+    data = prepared(chat, [{**pair, "calibration": written}] * 2, calibration=True)
+    assert calibration_of(chat, data) == expected
+    without = prepared(chat, [{**pair, "calibration": written}] * 2)
+    assert "calibration_ids" not in without.train.column_names
+    assert data.fingerprint != without.fingerprint
+    assert without.fingerprint == prepared(chat, [pair] * 2).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([GOOD], ["no column `calibration`"]),
+        ([{**GOOD, "calibration": ["", " 7"]}], ["row 1", "`calibration`", "empty completion"]),
+        ([{**GOOD, "calibration": []}], ["row 1", "`calibration`", "no answer in it"]),
+        ([{**GOOD, "calibration": [[assistant("7")]]}], ["row 1", "`calibration`", "the pair is text"]),
+    ],
+)
+def test_calibration_answers_that_cannot_be_used_are_refused(
+    chat: PreTrainedTokenizerFast, rows: list[dict[str, Any]], words: list[str]
+) -> None:
+    message = refusal(chat, rows, calibration=True)
+    assert all(word in message for word in words), message

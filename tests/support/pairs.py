@@ -24,7 +24,9 @@ def keys(**changed: Any) -> SimpleNamespace:
 
 
 def prepared(tokenizer: PreTrainedTokenizerFast, rows: Any, **changed: Any) -> PreferenceData:
-    options = {name: changed.pop(name) for name in ("stop_token_ids", "faulty_rows", "say") if name in changed}
+    options = {
+        name: changed.pop(name) for name in ("stop_token_ids", "faulty_rows", "calibration", "say") if name in changed
+    }
     say = options.pop("say", lambda text: None)
     dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
     return prepare_preferences(keys(**changed), tokenizer, say, dataset=dataset, **options)
