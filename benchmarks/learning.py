@@ -24,19 +24,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 import document
 import measuring
+
+from llmrl.evaluation.intervals import student_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "learning.md"
 MEASUREMENTS = Path(__file__).resolve().parent / "results" / "learning.json"
 ENGINES = ("huggingface", "vllm", "vllm_server")
 TIMEOUT_SECONDS = 1800
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t by degrees of freedom: 97.5% of it lie below."""
 
 
 @dataclass(frozen=True)
@@ -199,15 +199,6 @@ start and end included (a server's start is not), beside other work; the median 
 HEADER = ["recipe", "engine", "steps", "held-out rows", "before", "after, by seed", "gain [95% interval]", "seconds"]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): Student's 95% interval of the mean; of a single value NaN."""
-    mean = fmean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = T_975[len(values) - 1] * stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
-
-
 def report(done: Measurements) -> str:
     """The section of the document."""
     loads, threads = [one["load"] for one in done.values()], sorted({one["threads"] for one in done.values()})
@@ -235,7 +226,7 @@ def _row(name: str, engine: str, found: list[dict[str, Any]]) -> list[str]:
         return f"{100 * value:{sign}.1f}" if TASKS[name].share else f"{value:{sign}.2f}"
 
     unit = "%" if TASKS[name].share else ""
-    mean, low, high = interval([one["after"] - one["before"] for one in found])
+    mean, low, high = student_interval([one["after"] - one["before"] for one in found])
     around = "" if math.isnan(low) else f" [{shown(low, '+')}, {shown(high, '+')}]"
     return [
         NAMES.get(name, name),

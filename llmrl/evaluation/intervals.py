@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, stdev
 
 Z_95 = 1.959963984540054
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t by degrees of freedom: 97.5% of it lie below."""
 
 
 def paired_difference_interval(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:
@@ -58,4 +61,14 @@ def mean_interval(values: Sequence[float], z: float = Z_95) -> tuple[float, floa
     if all(value in (0, 1) for value in values):
         return mean, *wilson_interval(sum(values), n, z)
     half = z * math.sqrt(sum((value - mean) ** 2 for value in values) / max(n - 1, 1) / n)
+    return mean, mean - half, mean + half
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): Student's 95% interval of the mean of one to ten values, such as those of seeds; of a single
+    value NaN."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = T_975[len(values) - 1] * stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half

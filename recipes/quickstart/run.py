@@ -8,9 +8,7 @@ stopped.
 
 import argparse
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from rich.table import Table
 from llmrl import models
 from llmrl.errors import RefusedError
 from llmrl.evaluation.intervals import paired_difference_interval
+from llmrl.runs.commands import is_done, launch, run_shown
 from llmrl.runs.files import read_json, write_json
 from llmrl.runs.report import write_report
 
@@ -69,7 +68,7 @@ def main() -> int:
     if not data.exists():
         unfinished = out / ".tmp_data"
         generator = [str(ROOT / "data/arithmetic/generate.py"), "--output", str(unfinished)]
-        run(console, "problems and worked answers", [*generator, *PROBLEMS])
+        run_shown(console, "problems and worked answers", [*generator, *PROBLEMS], ROOT)
         unfinished.rename(data)
     judge = ["--task_evaluation.dataset_name", str(data / "problems")]
     changes = ["--dataset_name", str(data / "sft" / "train.jsonl"), *judge]
@@ -77,7 +76,8 @@ def main() -> int:
     if not pairs.exists():
         script = [str(HERE / "sample_pairs.py"), "--model", str(sft / "final"), "--output", str(pairs)]
         problems = ["--problems", str(data / "problems")]
-        run(console, "2/3 the tuned model's own right and wrong answers", [*script, *problems, *SAMPLING[preset]])
+        words = [*script, *problems, *SAMPLING[preset]]
+        run_shown(console, "2/3 the tuned model's own right and wrong answers", words, ROOT)
     changes = ["--model_name_or_path", str(sft / "final"), "--dataset_name", str(pairs), *judge]
     recipe(console, "3/3 DPO on them", "dpo", preset, dpo, *changes)
     return conclude(console, out, sft, dpo, time.monotonic() - began)
@@ -107,38 +107,11 @@ def output_directory(out: Path, console: Console) -> Path:
 
 def recipe(console: Console, title: str, method: str, preset: str, out: Path, *changes: str) -> None:
     """One training run, by the command that anyone would give; skipped where it is done."""
-    if read_json(out / "summary.json", {}).get("status") == "completed":
+    if is_done(out):
         console.print(f"{title}: done before, in {out}")
         return
-    command = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/accelerate/cpu.yaml")]
-    command += [str(ROOT / f"recipes/{method}/run.py"), "--config", str(HERE / f"{preset}_{method}.yaml")]
-    run(console, title, [*command, "--output_dir", str(out), "--resume_from_checkpoint", "latest", *changes])
-
-
-def run(console: Console, title: str, command: list[str]) -> None:
-    console.rule(f"[bold]{title}")
-    shown = (
-        shlex.join(["python", *command])
-        .replace(f"{ROOT}/", "")
-        .replace("python -m accelerate.commands.launch", "accelerate launch")
-    )
-    console.print(shown, style="dim", soft_wrap=True, markup=False, highlight=False)
-    environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    began = time.monotonic()
-    code = waited_for(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment))
-    if code:
-        console.print(f"[bold red]stopped[/] (exit code {code}); the same command goes on from here")
-        sys.exit(code if code > 0 else 128 - code)
-    console.print(f"done in {time.monotonic() - began:.0f} s")
-
-
-def waited_for(process: "subprocess.Popen[bytes]") -> int:
-    """Its exit code. Ctrl-C goes to it as well, and it may take a moment to save what it has done."""
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    arguments = ["--output_dir", str(out), "--resume_from_checkpoint", "latest", *changes]
+    run_shown(console, title, launch(ROOT, method, HERE / f"{preset}_{method}.yaml", *arguments), ROOT)
 
 
 def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) -> int:

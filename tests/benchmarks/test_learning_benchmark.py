@@ -42,15 +42,6 @@ def test_learning_quick_runs_the_control_and_keeps_what_is_there(tmp_path: Path)
     assert len(table_rows(document, "loop, rewards by lot")) == 1
 
 
-def test_the_interval_is_students(learning: Any) -> None:
-    """Mean 0.3, standard deviation 0.1: 4.303 x 0.1 / sqrt(3) = 0.2484 around it."""
-    assert learning.interval([0.2, 0.3, 0.4]) == pytest.approx((0.3, 0.0516, 0.5484), abs=1e-4)
-    mean, low, high = learning.interval([0.25])
-    assert mean == 0.25
-    assert low != low
-    assert high != high
-
-
 def test_a_row_says_each_seed_and_the_gain(learning: Any) -> None:
     done = {
         learning.label("ppo", "vllm", 1): one(0.6, 0.95, 30.0),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrl.evaluation.intervals import Z_95, paired_difference_interval, wilson_interval
+from llmrl.evaluation.intervals import Z_95, paired_difference_interval, student_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,12 @@ def test_ends_are_exact():
 def test_more_successes_than_trials():
     with pytest.raises(ValueError, match="8 successes in 7 trials"):
         wilson_interval(8, 7)
+
+
+def test_the_interval_of_a_mean_over_seeds_is_students():
+    """Mean 0.3, standard deviation 0.1: 4.303 x 0.1 / sqrt(3) = 0.2484 around it."""
+    assert student_interval([0.2, 0.3, 0.4]) == pytest.approx((0.3, 0.0516, 0.5484), abs=1e-4)
+    mean, low, high = student_interval([0.25])
+    assert mean == 0.25
+    assert math.isnan(low)
+    assert math.isnan(high)
