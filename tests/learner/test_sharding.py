@@ -1,43 +1,38 @@
 """The same gradient however a batch is packed, padded, split into micro-batches, or spread over processes.
 
-Two real processes over gloo, DDP and DeepSpeed ZeRO, through `accelerate launch` with the project's launch files.
+Two real processes over gloo, DDP and DeepSpeed ZeRO, set up as `accelerate launch` does by the project's launch files.
 """
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import distributed
+from support.forked import ended, fork, launched, two_ranks
 from support.models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "support" / "distributed.py"
-LAUNCHERS: dict[str, list[str] | None] = {
-    "ddp": ["--config_file", str(ROOT / "launch/accelerate/cpu_ddp.yaml")],
-    "zero1": ["--config_file", str(ROOT / "launch/accelerate/cpu_zero3.yaml"), "--zero_stage", "1"],
-    "zero2": ["--config_file", str(ROOT / "launch/accelerate/cpu_zero3.yaml"), "--zero_stage", "2"],
-    "zero3": ["--config_file", str(ROOT / "launch/accelerate/cpu_zero3.yaml")],
+LAUNCHERS = {
+    "ddp": ("cpu_ddp",),
+    "zero1": ("cpu_zero3", "--zero_stage", "1"),
+    "zero2": ("cpu_zero3", "--zero_stage", "2"),
+    "zero3": ("cpu_zero3",),
 }
 
 
-def run(launcher: list[str] | None, **settings: Any) -> dict[str, Any]:
-    """Run here (None) or in two processes under `accelerate launch`, and read back what rank 0 saved."""
+def run(launcher: tuple[str, ...] | None, **settings: Any) -> dict[str, Any]:
+    """Run here (None) or in two processes, as `accelerate launch` sets them up, and read back what rank 0 saved."""
+    out = Path(settings["out"])
     if launcher is None:
         distributed.run(settings)
     else:
-        start = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(SCRIPT)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1"}
-        arguments = json.dumps(settings, default=str)
-        done = subprocess.run([*start, arguments], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    out = Path(settings["out"])
+        ranks = [own | launched(*launcher) for own in two_ranks()]
+        log = out.with_name(f"{out.name}.log")
+        processes = [fork(distributed.run, (settings,), log, environment) for environment in ranks]
+        assert [ended(process) for process in processes] == [0, 0], log.read_text()[-3000:]
     result = out / "result.pt"
     tensors = torch.load(result, weights_only=False) if result.exists() else {}
     return {**json.loads((out / "facts.json").read_text()), **tensors}

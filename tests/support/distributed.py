@@ -1,12 +1,11 @@
-"""One update under whatever launched this script; rank 0 saves what came out. Used by tests/learner/test_sharding.py.
+"""One update in each of however many ranks; rank 0 saves what came out. Used by tests/learner/test_sharding.py.
 
-Argument: a JSON object with `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing, critic
-(alone or beside the policy), options (of the learner).
+Settings: `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing, critic (alone or beside the
+policy), options (of the learner).
 """
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from llmrl.objectives.dpo import DPO
 from llmrl.objectives.policy_gradient import PolicyGradient
 from llmrl.objectives.scored import Objective
 from llmrl.objectives.value import ValueRegression
-from llmrl.runs import ranks
 
 
 def build(settings: dict[str, Any]) -> Learner:
@@ -177,8 +175,3 @@ def run(settings: dict[str, Any]) -> None:
             "kind": type(learner.backend.model).__name__,
         }
         (out / "facts.json").write_text(json.dumps(facts))
-
-
-if __name__ == "__main__":
-    run(json.loads(sys.argv[1]))
-    ranks.leave(0, together=True)

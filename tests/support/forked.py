@@ -1,22 +1,27 @@
-"""Online runs in processes of their own that begin at once: each is forked from one that has imported everything.
+"""Runs in processes of their own that begin at once: each is forked from one that has imported everything.
 
-A run that is to be killed needs a process; importing the libraries for each would take longer than the runs.
+A run that is to be killed needs a process, and one of several ranks needs several; importing the libraries for each
+would take longer than the runs. What a launcher sets for its processes is what `accelerate launch` would set; that the
+launcher itself works is for tests of `recipe_run.launch`.
 """
 
+import functools
+import importlib
 import multiprocessing
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = [
-    "llmrl.trainers.online", "llmrl.trainers.loop", "llmrl.trainers.ppo", "transformers.models.llama.modeling_llama",
-    "accelerate", "peft", "datasets",
+    "llmrl.trainers.online", "llmrl.trainers.loop", "llmrl.trainers.ppo", "llmrl.trainers.offline",
+    "transformers.models.llama.modeling_llama", "accelerate", "peft", "datasets", "deepspeed",
+    "trl.trainer.sft_trainer", "trl.trainer.reward_trainer",
 ]  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(IMPORTED)
@@ -36,8 +41,19 @@ def begin(
     dies: it kills itself in the nth call of one of `PHASES`. environment: variables that it has beside this process's.
     collective_seconds: how long collectives wait for other ranks.
     """
-    own = dict(environment or {})
-    process = CONTEXT.Process(target=_work, args=(method, config, arguments, log, dies, own, collective_seconds))
+    words = ("--config", str(config), *arguments)
+    return fork(_run, (method, words, dies, collective_seconds), log, environment)
+
+
+def fork(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> BaseProcess:
+    """Call a module's function in a process of its own, and end it as a recipe's process ends: with the exit code that
+    it returns, or 0 for None."""
+    process = CONTEXT.Process(target=_work, args=(function, arguments, log, dict(environment or {})))
     process.start()
     return process
 
@@ -47,18 +63,53 @@ def begin_two_ranks(method: str, config: Path, *arguments: str, **options: Any) 
 
     options: of `begin`; `environment` is both processes'.
     """
+    further = options.pop("environment", {})
+    return [
+        begin(method, config, *arguments, log=config.with_name(f"log{rank}"), environment=own | further, **options)
+        for rank, own in enumerate(two_ranks())
+    ]
+
+
+def finish(method: str, config: Path, *arguments: str, launcher: str = "cpu", code: int = 0) -> str:
+    """Run to the end as one of the project's launch files says; what was said.
+
+    Fails unless every process ends with `code`.
+    """
+    logs = [config.with_name(f"finished{rank}") for rank in range(1 if launcher == "cpu" else 2)]
+    for log in logs:
+        log.unlink(missing_ok=True)
+    ranks = [{}] if launcher == "cpu" else [own | launched(launcher) for own in two_ranks()]
+    processes = [
+        begin(method, config, *arguments, log=log, environment=own) for log, own in zip(logs, ranks, strict=True)
+    ]
+    codes = [ended(process, 300) for process in processes]
+    said = "".join(log.read_text() for log in logs)
+    assert codes == [code] * len(codes), (codes, said[-3000:])
+    return said
+
+
+def two_ranks() -> list[dict[str, str]]:
+    """What torchrun sets for each of two processes of one run on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     settings = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    settings |= options.pop("environment", {})
-    return [
-        begin(
-            method, config, *arguments, log=config.with_name(f"log{rank}"),
-            environment={"RANK": rank, "LOCAL_RANK": rank, **settings}, **options,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    return [{"RANK": rank, "LOCAL_RANK": rank, **settings} for rank in ("0", "1")]
+
+
+@functools.cache
+def launched(launcher: str, *arguments: str) -> dict[str, str]:
+    """What `accelerate launch` sets for the processes that it starts with one of the project's launch files."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    file = str(ROOT / "launch" / "accelerate" / f"{launcher}.yaml")
+    words = ["--config_file", file, *arguments, "run.py"]
+    chosen, of_file, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if chosen.use_deepspeed:
+        chosen.deepspeed_fields_from_accelerate_config = ",".join(of_file.deepspeed_config)
+    made = prepare_deepspeed_cmd_env(chosen)[1] if chosen.use_deepspeed else prepare_multi_gpu_env(chosen)
+    return {key: value for key, value in made.items() if os.environ.get(key) != value}
 
 
 def ended(process: BaseProcess, seconds: float = 120) -> int:
@@ -72,22 +123,24 @@ def ended(process: BaseProcess, seconds: float = 120) -> int:
 
 
 def _work(
-    method: str,
-    config: Path,
-    arguments: tuple[str, ...],
-    log: Path | None,
-    dies: tuple[str, int] | None,
-    environment: dict[str, str],
-    collective_seconds: float | None,
+    function: Callable[..., Any], arguments: tuple[Any, ...], log: Path | None, environment: dict[str, str]
 ) -> None:
     os.setsid()
     os.environ.update(environment)
     out = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    from support.online_run import run_online
+    from llmrl.errors import RunInterruptedError
+    from llmrl.runs import ranks
 
+    code = function(*arguments) or 0
+    ranks.leave(code, together=code in (0, RunInterruptedError.exit_code))
+
+
+def _run(method: str, words: tuple[str, ...], dies: tuple[str, int] | None, collective_seconds: float | None) -> int:
     import llmrl.runs.report
+    from llmrl.runs.launch import run_command
+    from llmrl.trainers import METHODS
 
     llmrl.runs.report.write_report = lambda directory: directory
     if collective_seconds is not None:
@@ -97,7 +150,8 @@ def _work(
     if dies is not None:
         owner, name, before = PHASES[dies[0]]()
         setattr(owner, name, _deadly(getattr(owner, name), dies[1], before))
-    sys.exit(run_online(method, config, *arguments))
+    module = importlib.import_module(METHODS[method])
+    return run_command(module.Config, module.describe, module.train, words)
 
 
 def _deadly(function: Callable[..., Any], number: int, before: bool) -> Callable[..., Any]:
