@@ -17,8 +17,12 @@ def preference_metrics(groups: list[Group], logprobs: list[list[Floats]], object
     flat_N = torch.from_numpy(np.concatenate([part for parts in logprobs for part in parts]))
     loss, metrics = objective.loss(flat_N, scored_tokens(groups, totals(groups), "cpu"))
     means = {name: float(values.double().mean()) for name, values in metrics.items()}
+    # Ties have no right answer, and the pairs of one group are not independent.
+    decided = min(len(groups), metrics["rewards/accuracies"].numel())
+    if not decided:
+        return {"loss": float(loss), "n": float(len(groups))}
     accuracy = means["rewards/accuracies"]
-    low, high = wilson_interval(accuracy * len(groups), len(groups))
+    low, high = wilson_interval(accuracy * decided, decided)
     return {
         "loss": float(loss),
         **means,

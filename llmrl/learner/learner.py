@@ -5,7 +5,7 @@ Every rank is handed the same groups and takes its own share, balanced by tokens
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, get_scheduler
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.learner import forms, reference, sharding, state
 from llmrl.learner.batches import ModelInputs, scored_tokens
-from llmrl.learner.optimizer import adamw, only_value_head
+from llmrl.learner.optimizer import adamw, forget, only_value_head
 from llmrl.learner.policy import Policy, Scores
 from llmrl.learner.sequences import Floats, Group, split_into_microbatches, split_over_ranks, totals
 from llmrl.objectives.scored import Objective, Totals
@@ -91,13 +91,7 @@ class Learner:
         self.frozen = self._frozen_reference() if self.reference_kind == "frozen" else None
 
         self.optimizer = adamw(self.policy, options)
-        self.scheduler = get_scheduler(
-            options.lr_scheduler_type,
-            self.optimizer,
-            options.warmup_steps,
-            max(options.total_steps, 1),
-            options.lr_scheduler_kwargs,
-        )
+        self.scheduler = self._schedule()
         # A head whose loss does not reach the language model must not shorten its gradient either.
         apart = self.policy.value_head if not options.value_gradient else None
         self.backend = sharding.build_backend(
@@ -251,6 +245,24 @@ class Learner:
     def advance_schedule(self) -> None:
         """The learning rate of the next step of the schedule."""
         self.scheduler.step()
+
+    def restart(self, **changes: Any) -> None:
+        """A further phase of training, on the weights as they are: an optimizer that remembers nothing, and a schedule
+        from its start. `changes`: LearnerOptions of this phase, such as learning_rate and total_steps. Called on all
+        ranks; whoever resumes within the phase calls it before `load`."""
+        self.options = replace(self.options, **changes)
+        forget(self.optimizer, self.options)
+        self.scheduler = self._course.scheduler = self._schedule()
+
+    def _schedule(self) -> Any:
+        options = self.options
+        return get_scheduler(
+            options.lr_scheduler_type,
+            self.optimizer,
+            options.warmup_steps,
+            max(options.total_steps, 1),
+            options.lr_scheduler_kwargs,
+        )
 
     def _applied(self, loss: float, grad_norm: float) -> bool:
         """Whether the update changed the weights; raises RunFailedError when it should have and did not."""

@@ -27,6 +27,21 @@ def adamw(policy: Policy, options: "LearnerOptions") -> torch.optim.AdamW:
     )
 
 
+def forget(optimizer: torch.optim.Optimizer, options: "LearnerOptions") -> None:
+    """Steps and moments are 0, as in a new optimizer, and learning rates those of `options`.
+
+    In place: ZeRO has handed on references to the moments, which it keeps flat and split over ranks.
+    """
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+            elif isinstance(value, int | float):
+                state[name] = 0
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = _rate(group["part"], options)
+
+
 @contextmanager
 def only_value_head(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The language model's learning rate is 0, with which AdamW neither moves nor decays it."""
@@ -50,15 +65,19 @@ def _parameter_groups(policy: Policy, options: "LearnerOptions") -> list[dict[st
             "needs is_trainable=True; a frozen model needs use_peft: true."
         )
     head = [] if policy.value_head is None else list(policy.value_head.parameters())
-    value_rate = options.value_learning_rate or options.learning_rate
     groups = []
-    for part, parameters, rate in ((LANGUAGE, language, options.learning_rate), (VALUE_HEAD, head, value_rate)):
-        own = {"lr": rate, "part": part}
+    for part, parameters in ((LANGUAGE, language), (VALUE_HEAD, head)):
+        own = {"lr": _rate(part, options), "part": part}
         groups += [
             {"params": [p for p in parameters if _is_matrix(p)], "weight_decay": options.weight_decay, **own},
             {"params": [p for p in parameters if not _is_matrix(p)], "weight_decay": 0.0, **own},
         ]
     return [g for g in groups if g["params"]]
+
+
+def _rate(part: str, options: "LearnerOptions") -> float:
+    own = options.value_learning_rate if part == VALUE_HEAD else None
+    return own or options.learning_rate
 
 
 def _is_matrix(parameter: torch.nn.Parameter) -> bool:

@@ -9,10 +9,15 @@ torch only inside functions, so that a command line can be checked at once.
 
 METHODS: dict[str, str] = {
     "dpo": "llmrl.trainers.dpo",
+    "vpo": "llmrl.trainers.vpo",
+    "cpl": "llmrl.trainers.cpl",
+    "brain": "llmrl.trainers.brain",
+    "brain_offline": "llmrl.trainers.brain_offline",
     "loop": "llmrl.trainers.loop",
     "ppo": "llmrl.trainers.ppo",
     "rlsp": "llmrl.trainers.rlsp",
     "pf_ppo": "llmrl.trainers.pf_ppo",
+    "direct_advantage": "llmrl.trainers.direct_advantage",
     "sft": "llmrl.trainers.sft",
     "reward": "llmrl.trainers.reward",
 }

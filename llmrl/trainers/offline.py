@@ -8,17 +8,18 @@
 
 Invariants
 - Which groups a step sees follows from its number, the seed and the number of rows alone.
-- The reference is the policy as it is before its first update. Its precomputed log-probabilities are taken step by
-  step, so that a group is packed beside the same others as in training: log-ratios start at exactly 0. A resumed run
-  computes them again, from the same initial weights.
+- The reference is the policy as it is before its first update, unless a method takes a later one. Its precomputed
+  log-probabilities are taken step by step, so that a group is packed beside the same others as in training: log-ratios
+  start at exactly 0. A resumed run computes them again, from the same initial weights; those of a later policy are in
+  the checkpoints.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from datasets import Dataset
+import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from llmrl import models
@@ -42,13 +43,21 @@ HeldoutMetrics = Callable[[list[Group], list[list[Floats]]], dict[str, float]]
 """(held-out groups, the policy's log-probabilities of each of their sequences) -> numbers."""
 
 
+class PreparedRows(Protocol):
+    """Rows by their index, such as a `datasets` object has them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+
 class GroupData(Protocol):
     """Prepared rows: those to train on, those held out, and the fingerprint of both."""
 
     @property
-    def train(self) -> Dataset: ...
+    def train(self) -> PreparedRows: ...
     @property
-    def heldout(self) -> Dataset | None: ...
+    def heldout(self) -> PreparedRows | None: ...
     @property
     def fingerprint(self) -> str: ...
 
@@ -100,13 +109,35 @@ class OfflineRun:
         others than those trained on. reference: whether the method compares with one at all.
         """
         self._group_of, self._metrics = group_of, metrics
-        if reference and self.learner.reference_kind == "precomputed":
-            self.run.note("Computing the reference's log-probabilities with the initial weights.")
-            self._known = self.scored_rows(range(self.total_steps))
         self._heldout = [(heldout_of or group_of)(row) for row in self.data.heldout or []]
         if reference:
-            scored = self.score(self._heldout, f"held-out {self.noun} scored by the reference")
-            self._heldout = [with_reference(g, known) for g, known in zip(self._heldout, scored, strict=True)]
+            self.take_reference(range(self.total_steps))
+
+    def take_reference(self, steps: Iterable[int]) -> None:
+        """The policy as it is now becomes the reference of the rows that these steps see, and of those held out.
+
+        One that is taken after the first step cannot be made again: `keep_reference`, before the first step.
+        """
+        if self.learner.reference_kind == "precomputed":
+            self.run.note("Computing the reference's log-probabilities with the weights as they are now.")
+            self._known = self.scored_rows(steps)
+        scored = self.score(self._heldout, f"held-out {self.noun} scored by the reference")
+        self._heldout = [with_reference(g, known) for g, known in zip(self._heldout, scored, strict=True)]
+
+    def keep_reference(self) -> None:
+        """From now on checkpoints hold the reference's log-probabilities."""
+        self.learner.accelerator.register_for_checkpointing(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The reference's log-probabilities, by row, and of each held-out group (None: there are none yet)."""
+        heldout = [[_tensor(s.reference_logprobs) for s in group] for group in self._heldout]
+        return {"known": {row: [_tensor(s) for s in parts] for row, parts in self._known.items()}, "heldout": heldout}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self._known = {row: [part.numpy() for part in parts] for row, parts in saved["known"].items()}
+        known = [[None if part is None else part.numpy() for part in parts] for parts in saved["heldout"]]
+        self._heldout = [with_reference(g, parts) for g, parts in zip(self._heldout, known, strict=True)]
 
     def rows(self, step: int) -> list[int]:
         """The training rows of step `step` (from 0)."""
@@ -152,7 +183,11 @@ def num_steps(config: OptimizationKeys, groups_per_step: int, num_groups: int) -
     return math.ceil(config.num_train_epochs * num_groups / groups_per_step)
 
 
-def with_reference(group: Group, logprobs: list[Floats] | None) -> Group:
+def _tensor(logprobs: Floats | None) -> torch.Tensor | None:
+    return None if logprobs is None else torch.from_numpy(logprobs)
+
+
+def with_reference(group: Group, logprobs: Sequence[Floats | None] | None) -> Group:
     """The group with the reference's log-probabilities of its sequences; unchanged for None."""
     if logprobs is None:
         return group
@@ -172,11 +207,20 @@ def tokenizer_of(config: ModelKeys) -> tuple[PreTrainedTokenizerBase, frozenset[
     return tokenizer, frozenset(stop_token_ids(path))
 
 
-def preference_data(config: PairKeys, say: Say, dataset: Any = None) -> tuple[PreTrainedTokenizerBase, PreferenceData]:
-    """The configured pairs, tokenised; `dataset` replaces `dataset_name` by a `datasets` object."""
+def preference_data(
+    config: PairKeys, say: Say, dataset: Any = None, *, calibration: bool = False
+) -> tuple[PreTrainedTokenizerBase, PreferenceData]:
+    """The configured pairs, tokenised, with their calibration answers where these are wanted; `dataset` replaces
+    `dataset_name` by a `datasets` object."""
     tokenizer, stops = tokenizer_of(config)
     return tokenizer, prepare_preferences(
-        config, tokenizer, say, dataset=dataset, stop_token_ids=stops, faulty_rows=config.faulty_rows
+        config,
+        tokenizer,
+        say,
+        dataset=dataset,
+        stop_token_ids=stops,
+        faulty_rows=config.faulty_rows,
+        calibration=calibration,
     )
 
 
