@@ -79,7 +79,32 @@ def model(words: Sequence[str]) -> None:
     Console().say(str(BUNDLED[words[0]](complain)))  # only the folder on standard output, so that a script can use it
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"check": check, "report": report, "model": model}
+def credit(words: Sequence[str]) -> None:
+    """llmrl credit --model FOLDER [--reference FOLDER] --data PAIRS [--rows 1,2,3] [--output PAGE.html]
+
+    Shows what a model trained by preferences says of single tokens: beta (log pi - log pi_ref) of each, their sums over
+    the steps of an answer, and a pair's two answers above each other; in the terminal, or as a self-contained page.
+
+    --model      the policy; where it is a LoRA adapter, its reference is the same model with the adapter off
+    --reference  what the policy was trained from; `starter` and `smollm2` are known by name
+    --data       preference pairs, in any format that llmrl trains on (docs/data.md)
+    --rows       rows of the data, from 1 (default: 1,2,3)
+    --beta       the beta of the training (default: 0.1)
+    --step_ends  a regular expression that ends a step (default: the ends of lines)
+    --tokens_per_microbatch  tokens in one forward pass (default: 4096)
+    """
+    from llmrl.evaluation.credit.command import CreditKeys
+    from llmrl.evaluation.credit.command import run as show
+
+    show(parse(CreditKeys, words).config, Console().say)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "check": check,
+    "report": report,
+    "model": model,
+    "credit": credit,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -132,6 +132,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
+@torch.no_grad()
+def all_logprobs(head: nn.Linear, hidden: Tensor, transform: LogitTransform) -> Tensor:
+    """[N, H] hidden states -> [N, V] float32 log-probabilities of the whole vocabulary."""
+    return transform(_raw_logits(hidden, head.weight, head.bias)).log_softmax(-1)
+
+
 def _parameter_gradients(
     ctx: Any,
     hidden: Tensor,

@@ -92,10 +92,17 @@ def load_model(path: str, keys: ModelKeys, dtype: torch.dtype, say: Say) -> PreT
     )
     if not keys.use_peft and (unused := _lora_keys_given(keys)):
         say(f"use_peft is false: all weights are trained, and {', '.join(unused)} has no effect.")
-    if _is_adapter(path):
+    if is_adapter(path):
         say(f"{path} is an adapter: it is merged into its base before training.")
         model = PeftModel.from_pretrained(model, path).merge_and_unload()
     return add_lora(model, keys) if keys.use_peft else model
+
+
+def load_adapted(path: str, keys: ModelKeys, dtype: torch.dtype, say: Say) -> PeftModel:
+    """The adapter in `path` on its base, not merged into it: with the adapter off it is its own reference."""
+    base = load_model(base_of(path), keys, dtype, say)
+    adapted: PeftModel = _loaded(path, "adapter", lambda: PeftModel.from_pretrained(base, path))
+    return adapted
 
 
 def model_without_storage(path: str, keys: ModelKeys) -> PreTrainedModel | PeftModel:
@@ -134,7 +141,7 @@ def add_lora(model: PreTrainedModel, keys: ModelKeys) -> PeftModel:
 
 
 def _refuse_second_adapter(path: str, keys: ModelKeys) -> None:
-    if keys.use_peft and _is_adapter(path):
+    if keys.use_peft and is_adapter(path):
         raise RefusedError(
             f"model_name_or_path: {path} is an adapter, and with use_peft a new one would be trained on top of it. "
             f"What is saved of that names {base_of(path)} as its model, without the first. Remedy: merge the first "
@@ -152,13 +159,14 @@ def _output_name(model: PreTrainedModel) -> str:
     return next((name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module is head), "lm_head")
 
 
-def _is_adapter(path: str) -> bool:
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds a PEFT adapter rather than a whole model."""
     return (Path(path) / ADAPTER_FILE).exists()
 
 
 def base_of(path: str) -> str:
     """The model to load: `path` itself, or the base that an adapter in `path` names."""
-    if not _is_adapter(path):
+    if not is_adapter(path):
         return path
     from peft import PeftConfig
 

@@ -51,14 +51,23 @@ class Policy(nn.Module):
         if plain:
             return Scores(self.plain_logprobs(inputs), None, None)
         base = base_model(self.causal_lm)
-        states = base.get_decoder()(**self._body_arguments(inputs), use_cache=False).last_hidden_state
-        states_M = states.flatten(0, 1)[inputs.source_M]
+        states_M = self.states(inputs)
         logprobs_M, entropies_M = base.get_output_embeddings()(states_M, inputs.target_M, self.transform, with_entropy)
         values_M = None if self.value_head is None else self._values(states_M)
         rows = inputs.scored_row_N
         return Scores(
             logprobs_M[rows], entropies_M[rows] if with_entropy else None, None if values_M is None else values_M[rows]
         )
+
+    def states(self, inputs: ModelInputs) -> Tensor:
+        """[M, H] the hidden states from which the scored tokens are predicted."""
+        decoder = base_model(self.causal_lm).get_decoder()
+        states = decoder(**self._body_arguments(inputs), use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[inputs.source_M]
+
+    def vocabulary_logprobs(self, states_M: Tensor) -> Tensor:
+        """[M, H] -> [M, V] log pi of every token, without a gradient. Large: hand it a few states at a time."""
+        return head.all_logprobs(base_model(self.causal_lm).get_output_embeddings(), states_M, self.transform)
 
     def _values(self, states_M: Tensor) -> Tensor:
         assert self.value_head is not None

@@ -1,0 +1,228 @@
+r"""Search decoding with a policy and its reference: beam search by likelihood or by implicit reward.
+
+Rafailov et al., "From r to Q*", arXiv 2404.12358, Sec. 5.2, Eqs. 12-13: among continuations of one state, the largest
+sum of r + beta log pi_ref, with V* of the state it ends in, is the largest sum of beta log pi*. So beam search on a DPO
+policy's likelihood is search by its implicit reward, kept to the reference:
+
+    likelihood   sum_t log pi(y_t | x, y_<t)
+    reward       sum_t log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)      (times beta)
+
+The second is the implicit reward alone. Tokens that neither model would ever say have ratios of any size, so there it
+chooses only among the `candidates` likeliest tokens of the policy at each state. Sums are not divided by lengths.
+
+transformers' own beam search finds the same by likelihood (the tests compare), but takes no second model.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from llmrl.errors import RefusedError
+from llmrl.rollout.decoding import base_model, decoding_mode
+
+By = Literal["likelihood", "reward"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best answer to a prompt: the token that ended it, if one did (`ended`), is its last.
+
+    logprob: its log pi. log_ratio: its log pi - log pi_ref; 0 in a search by likelihood, which asks no reference.
+    """
+
+    token_ids: list[int]
+    logprob: float
+    log_ratio: float
+    ended: bool
+
+
+NOTHING = Found([], 0.0, 0.0, ended=False)
+
+
+class BeamSearch:
+    """Beam search with `policy` over the answers to several prompts at once; `width` beams a prompt, 1 is greedy.
+
+    reference: needed `by` reward; None is the policy with its adapters off. candidates: by reward, the likeliest tokens
+    of the policy among which a beam's next one is chosen (default: `width`). prompts_per_batch: of them `width` rows
+    each are under way at once.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        width: int,
+        stop_token_ids: Collection[int],
+        *,
+        by: By = "likelihood",
+        reference: nn.Module | None = None,
+        candidates: int | None = None,
+        prompts_per_batch: int = 16,
+    ) -> None:
+        """Raises RefusedError for a width below 1, or `by` reward without a reference or an adapter to switch off."""
+        if width < 1 or (candidates is not None and candidates < 1):
+            raise RefusedError(f"width ({width}) and candidates ({candidates}) must be at least 1")
+        if by == "reward" and reference is None and not isinstance(policy, PeftModel):
+            raise RefusedError("search by reward needs a reference, or a policy with an adapter to switch off")
+        self.policy, self.reference, self.by, self.width = policy, reference, by, width
+        self.stops = frozenset(stop_token_ids)
+        # Of this many continuations `width` go on, however many of them end; by likelihood no beam can need more.
+        self.continuations = width * (1 + len(self.stops))
+        self.candidates = self.continuations if by == "likelihood" else candidates or width
+        self.prompts_per_batch = prompts_per_batch
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Found]:
+        """The best answer to each prompt (token ids), of at most `max_new_tokens`; an open one where none has ended.
+
+        By likelihood a prompt is done when no open beam can become better than its best ended answer; by reward, whose
+        sums may rise again, when `width` answers have ended.
+        """
+        _check(self.policy, prompts, max_new_tokens)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found: dict[int, Found] = {}
+        for start in range(0, len(order), self.prompts_per_batch):
+            batch = order[start : start + self.prompts_per_batch]
+            with torch.no_grad(), decoding_mode(self.policy), decoding_mode(self.reference or self.policy):
+                found.update(zip(batch, self._search([prompts[i] for i in batch], max_new_tokens), strict=True))
+            progress(len(found), len(prompts))
+        return [found[i] for i in range(len(prompts))]
+
+    def _readers(self, prompts: Sequence[Sequence[int]]) -> "list[_Reader]":
+        readers = [_Reader(self.policy, prompts, nullcontext)]
+        if self.by == "reward":
+            off = self.policy.disable_adapter if isinstance(self.policy, PeftModel) else nullcontext
+            readers.append(_Reader(self.reference or self.policy, prompts, nullcontext if self.reference else off))
+        return readers
+
+    def _search(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Found]:
+        readers = self._readers(prompts)
+        logprobs = [reader.logprobs_RV for reader in readers]
+        ended: list[list[Found]] = [[] for _ in prompts]
+        beams = {number: [NOTHING] for number in range(len(prompts))}
+        best_open = [NOTHING for _ in prompts]
+        for _ in range(max_new_tokens):
+            parents: list[int] = []
+            first_row, going = 0, {}
+            for number, open_beams in beams.items():
+                rows = range(first_row, first_row + len(open_beams))
+                first_row = rows.stop
+                chosen = self._continuations(open_beams, [each[rows.start : rows.stop] for each in logprobs])
+                goes_on = self._parted(chosen, ended[number])
+                best_open[number] = goes_on[0][1] if goes_on else NOTHING
+                if goes_on and not self._is_done(goes_on[0][1], ended[number]):
+                    going[number] = [beam for _, beam in goes_on]
+                    parents += [rows[parent] for parent, _ in goes_on]
+            beams = going
+            if not beams:
+                break
+            tokens = [beam.token_ids[-1] for open_beams in beams.values() for beam in open_beams]
+            logprobs = [reader.read(parents, tokens) for reader in readers]
+        return [max(answers, key=self._score) if answers else best_open[n] for n, answers in enumerate(ended)]
+
+    def _continuations(self, beams: list[Found], logprobs: list[Tensor]) -> list[tuple[int, Found]]:
+        """(the beam it continues, the continued one), best first; `logprobs` [beams, V] are those of each model."""
+        mine_BC, tokens_BC = logprobs[0].topk(min(self.candidates, logprobs[0].shape[-1]), dim=-1)
+        ratios_BC = mine_BC - logprobs[-1].gather(-1, tokens_BC)  # zeros by likelihood, where there is one model
+        gains_BC = mine_BC if self.by == "likelihood" else ratios_BC
+        before_B1 = torch.tensor([[self._score(beam)] for beam in beams], dtype=torch.float64)
+        scores = (before_B1 + gains_BC.double().cpu()).flatten()
+        tokens, mine, ratios = (each.flatten().tolist() for each in (tokens_BC, mine_BC, ratios_BC))
+        found = []
+        for at in scores.topk(min(self.continuations, len(scores))).indices.tolist():
+            parent = at // tokens_BC.shape[1]
+            beam = beams[parent]
+            further = Found([*beam.token_ids, tokens[at]], beam.logprob + mine[at], beam.log_ratio + ratios[at], False)
+            found.append((parent, further))
+        return found
+
+    def _parted(self, chosen: list[tuple[int, Found]], ended: list[Found]) -> list[tuple[int, Found]]:
+        """Those of the first `width` that end go into `ended`; returned are the best `width` of those that do not."""
+        ends = [beam.token_ids[-1] in self.stops for _, beam in chosen]
+        ended += [
+            replace(beam, ended=True)
+            for (_, beam), at_end in list(zip(chosen, ends, strict=True))[: self.width]
+            if at_end
+        ]
+        return [each for each, at_end in zip(chosen, ends, strict=True) if not at_end][: self.width]
+
+    def _is_done(self, best_open: Found, ended: list[Found]) -> bool:
+        if self.by == "reward":
+            return len(ended) >= self.width
+        return bool(ended) and max(map(self._score, ended)) >= self._score(best_open)
+
+    def _score(self, beam: Found) -> float:
+        return beam.logprob if self.by == "likelihood" else beam.log_ratio
+
+
+class _Reader:
+    """A model that has read some rows and says what could come next: log pi [R, V] of every token.
+
+    mode: a context in which it computes, such as its adapters off.
+    """
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], mode: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.model, self.mode = model, mode
+        self.device = next(model.parameters()).device
+        self.cache = DynamicCache(config=base_model(model).config)
+        width = max(map(len, prompts))
+        ids = torch.zeros((len(prompts), width), dtype=torch.long)
+        self.mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.as_tensor(list(prompt))
+            self.mask[row, width - len(prompt) :] = 1
+        ids, self.mask = ids.to(self.device), self.mask.to(self.device)
+        self.lengths = self.mask.sum(1, keepdim=True)
+        self.logprobs_RV = self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+        if not all(isinstance(layer, DynamicLayer) for layer in self.cache.layers):
+            raise RefusedError(
+                f"{type(base_model(model)).__name__} does not keep its past as keys and values of each token, which "
+                "beam search needs in order to go on from another beam's past"
+            )
+
+    def read(self, parents: list[int], tokens: list[int]) -> Tensor:
+        """[R', V] after one more token each; row r goes on from what row `parents[r]` has read."""
+        rows = torch.tensor(parents, device=self.device)
+        self.cache.batch_select_indices(rows)
+        self.mask = torch.cat([self.mask[rows], self.mask.new_ones((len(parents), 1))], dim=1)
+        positions = self.lengths[rows]
+        self.lengths = positions + 1
+        return self._forward(torch.tensor(tokens, device=self.device)[:, None], positions)
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        with self.mode():
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+        logprobs_RV: Tensor = logits[:, -1].float().log_softmax(-1)
+        return logprobs_RV
+
+
+def _check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse what the model cannot continue, before anything is computed."""
+    limit = getattr(base_model(model).config, "max_position_embeddings", None)
+    for number, prompt in enumerate(prompts, 1):
+        if not len(prompt):
+            raise RefusedError(f"prompt {number} is empty: there is nothing to continue")
+        if limit and len(prompt) + max_new_tokens > limit:
+            raise RefusedError(
+                f"prompt {number} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the "
+                f"model's {limit} positions. Remedy: shorten the prompt or lower max_new_tokens"
+            )
