@@ -1,0 +1,150 @@
+"""Calibration answers of VPO that are drawn from the reference: once, with the initial weights, and kept as a file.
+
+Invariants
+- An attempt that begins at the first step draws; one that goes on from a checkpoint reads what that run has drawn. The
+  file can be read by people: a line for each prompt, its answers as texts beside their token ids.
+- What is drawn for a prompt follows from the weights, the seed and the list of prompts, not from how many processes
+  share the work.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from llmrl.errors import RefusedError
+from llmrl.evaluation.progress import Ticker
+from llmrl.learner.learner import Learner
+from llmrl.learner.sequences import Group, TokenSequence, completion
+from llmrl.learner.sharding import gather_objects, zero_stage
+from llmrl.rollout.huggingface import HuggingFaceEngine
+from llmrl.rollout.protocol import SamplingParams, row_seed
+from llmrl.runs import Run
+
+FILE = Path("rollouts") / "calibration.jsonl"
+PROMPTS_AT_ONCE = 32
+
+Answers = dict[int, Group]
+"""By a row's number (from 1): the answers to its prompt."""
+
+
+def drawn_once(
+    run: Run, learner: Learner, rows: set[int], draw: Callable[[], Answers], decode: Callable[[list[int]], str]
+) -> Answers:
+    """The answers to these rows: those of the run that goes on, else what `draw` gives, which is kept in `FILE`.
+
+    Call it while the learner still has its initial weights; on all ranks.
+    """
+    found: Answers = {}
+    if run.is_main and run.checkpoint is not None:
+        found = read_answers(run.checkpoint.parents[1] / FILE)
+    found = gather_objects(learner.accelerator, found)[0]
+    if not rows <= found.keys():
+        if run.checkpoint is not None:
+            run.note(f"{FILE} is not there or not whole: calibration answers are drawn again, from the initial weights")
+        found = draw()
+    if run.is_main:
+        write_answers(run.directory / FILE, found, decode)
+    return found
+
+
+def sampled_answers(
+    learner: Learner,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[int, list[int]],
+    sampling: SamplingParams,
+    max_length: int,
+    say: Callable[[str], None],
+) -> Answers:
+    """`sampling.n` answers to each prompt (token ids, by its row's number) with the weights as they are.
+
+    An answer ends where prompt and answer have `max_length` tokens, at the latest. Raises RefusedError where the model
+    cannot generate here.
+    """
+    accelerator = learner.accelerator
+    _check(learner, prompts, sampling.max_tokens)
+    engine = HuggingFaceEngine(learner.causal_lm, tokenizer)
+    numbers = sorted(prompts)
+    chunks = [numbers[i : i + PROMPTS_AT_ONCE] for i in range(0, len(numbers), PROMPTS_AT_ONCE)]
+    mine: dict[int, Group] = {}
+    ticker = Ticker(say, "prompts answered by the reference, for calibration")
+    for index in range(accelerator.process_index, len(chunks), accelerator.num_processes):
+        own = SamplingParams(
+            sampling.max_tokens, sampling.temperature, sampling.n, row_seed(sampling.seed, index, 0),
+            sampling.stop_token_ids,
+        )  # fmt: skip
+        with accelerator.autocast():  # sampled in the precision that is trained in
+            found = engine.generate([prompts[number] for number in chunks[index]], own)
+        for number, completions in zip(chunks[index], found, strict=True):
+            ids = prompts[number]
+            room = max_length - len(ids)
+            mine[number] = tuple(completion(ids, one.token_ids[:room]) for one in completions)
+        ticker(len(mine) * accelerator.num_processes, len(numbers))
+    return {number: group for share in gather_objects(accelerator, mine) for number, group in share.items()}
+
+
+def _check(learner: Learner, prompts: Mapping[int, list[int]], max_tokens: int) -> None:
+    if zero_stage(learner.accelerator) == 3:
+        raise RefusedError(
+            "calibration: reference generates with the whole model on each process, which ZeRO-3 does not have; "
+            "sample the answers beforehand and name them by calibration: column, or launch with ZeRO-2 or DDP"
+        )
+    limit = getattr(learner.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(prompts, key=lambda number: len(prompts[number]))
+    if limit and len(prompts[longest]) + max_tokens > limit:
+        raise RefusedError(
+            f"row {longest}: its prompt of {len(prompts[longest])} tokens and calibration_max_tokens {max_tokens} "
+            f"exceed the model's {limit} positions; lower calibration_max_tokens, or shorten the row"
+        )
+
+
+def write_answers(file: Path, answers: Answers, decode: Callable[[list[int]], str]) -> None:
+    """A line for each row, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".tmp_{file.name}")
+    with open(temporary, "w", encoding="utf-8") as out:
+        for number in sorted(answers):
+            out.write(json.dumps(_line(number, answers[number], decode), ensure_ascii=False) + "\n")
+    temporary.replace(file)
+
+
+def read_answers(file: Path) -> dict[int, Group]:
+    """What `write_answers` wrote; nothing where the file is not there or not whole."""
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {line["row"]: tuple(_sequence(stored) for stored in line["sequences"]) for line in lines}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _line(number: int, group: Group, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    return {
+        "row": number,
+        "texts": [decode(sequence.token_ids[sequence.scored].tolist()) for sequence in group],
+        "sequences": [
+            {
+                "token_ids": sequence.token_ids.tolist(),
+                "scored": _runs(sequence.scored),
+                "continues": sequence.continues,
+            }
+            for sequence in group
+        ],
+    }
+
+
+def _runs(scored: NDArray[np.bool_]) -> list[list[int]]:
+    """[start, end) of each run of scored tokens."""
+    edges = np.flatnonzero(np.diff(scored.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2).tolist()
+
+
+def _sequence(stored: dict[str, Any]) -> TokenSequence:
+    ids = np.asarray(stored["token_ids"], np.int64)
+    scored = np.zeros(len(ids), np.bool_)
+    for start, end in stored["scored"]:
+        scored[start:end] = True
+    return TokenSequence(ids, scored, continues=stored["continues"])
