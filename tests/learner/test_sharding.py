@@ -110,6 +110,20 @@ def test_two_processes_equal_one(tmp_path: Path, launcher: str, settings: dict[s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("use_peft", [False, True], ids=["full", "lora"])
+def test_objectives_of_groups_take_the_same_steps_under_zero3(tmp_path: Path, use_peft: bool) -> None:
+    """VPO, CPL-KL, BRAIn and Direct Advantage; with LoRA the reference is the split model without its adapter."""
+    model = save_model(tmp_path / "model")
+    settings = {"model": model, "methods": True, "use_peft": use_peft}
+    alone = run(None, out=tmp_path / "alone", tokens_per_microbatch=10_000, form="padded", **settings)
+    spread = run(LAUNCHERS["zero3"], out=tmp_path / "spread", **settings)
+    assert set(alone["losses"]) == {"vpo", "cpl_kl", "brain", "direct_advantage"}
+    assert spread["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    # Each update begins where the one before ended, so that rounding adds up.
+    assert largest_difference(spread["gradients"], alone["gradients"]) < 2e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["zero2", "zero3"])
 def test_an_update_of_the_critic_alone_moves_the_critic_alone(tmp_path: Path, launcher: str) -> None:
     """Weight decay is on, and ZeRO puts flat tensors in the place of the optimizer's parameters."""

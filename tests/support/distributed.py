@@ -1,7 +1,7 @@
 """One update in each of however many ranks; rank 0 saves what came out. Used by tests/learner/test_sharding.py.
 
 Settings: `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing, critic (alone or beside the
-policy), options (of the learner).
+policy), methods (one update with each objective of groups), options (of the learner).
 """
 
 import json
@@ -12,18 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from support.groups import random_pairs
+from support.groups import VOCABULARY, random_pairs
 
 from llmrl.config import ModelKeys
 from llmrl.errors import RunFailedError
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.loading import load_model
-from llmrl.learner.sequences import Group
+from llmrl.learner.sequences import Group, completion
 from llmrl.learner.sharding import build_accelerator
+from llmrl.objectives.brain import BRAIn
+from llmrl.objectives.cpl import CPL
+from llmrl.objectives.direct_advantage import DirectAdvantage
 from llmrl.objectives.dpo import DPO
 from llmrl.objectives.policy_gradient import PolicyGradient
 from llmrl.objectives.scored import Objective
 from llmrl.objectives.value import ValueRegression
+from llmrl.objectives.vpo import VPO
 
 
 def build(settings: dict[str, Any]) -> Learner:
@@ -128,7 +132,57 @@ def with_critic(settings: dict[str, Any]) -> None:
         (out / "facts.json").write_text(json.dumps({"norms": norms}))
 
 
+OBJECTIVES: dict[str, Objective] = {
+    "vpo": VPO(calibration="samples").objective(),
+    "cpl_kl": CPL(alpha=0.2, lam=0.75, reference=True, comparisons="dense").objective(),
+    "brain": BRAIn().objective(),
+    "direct_advantage": DirectAdvantage(beta=0.1).objective(),
+}
+
+
+def groups_of_samples(reference: bool) -> list[Group]:
+    """Seven prompts with three samples and more each, with all that an objective of groups may ask for."""
+    draw = np.random.default_rng(5)
+    groups = []
+    for number, (first, second) in enumerate(random_pairs(draw, 7)):
+        prompt = first.token_ids[: len(first.token_ids) - first.num_scored]
+        more = [completion(prompt, draw.integers(0, VOCABULARY, 6)) for _ in range(1 + number % 3)]
+        groups.append(
+            tuple(
+                replace(
+                    s,
+                    values={name: float(draw.normal()) for name in ("reward", "score", "advantage")},
+                    token_values={"old_logprobs": draw.normal(-4, 0.1, s.num_scored).astype(np.float32)},
+                    reference_logprobs=np.full(s.num_scored, -4.0, np.float32) if reference else None,
+                )
+                for s in (first, second, *more)
+            )
+        )
+    return groups
+
+
+def each_method(settings: dict[str, Any]) -> None:
+    """An update with every objective of groups, one after the other: gradients and losses by the method's name."""
+    learner, out = build(settings), Path(settings["out"])
+    groups = groups_of_samples(reference=learner.reference_kind == "precomputed")
+    apply, gradients, losses, name = learner.backend.apply, {}, {}, ""
+
+    def spied() -> float:
+        gradients.update({f"{name} {key}": value for key, value in captured_gradients(learner).items()})
+        return apply()
+
+    learner.backend.apply = spied  # type: ignore[method-assign]
+    for name, objective in OBJECTIVES.items():
+        losses[name] = learner.update(groups, objective)["loss"]
+    if learner.accelerator.is_main_process:
+        out.mkdir(parents=True)
+        torch.save({"gradients": gradients}, out / "result.pt")
+        (out / "facts.json").write_text(json.dumps({"losses": losses}))
+
+
 def run(settings: dict[str, Any]) -> None:
+    if settings.get("methods"):
+        return each_method(settings)
     if settings.get("critic"):
         return {"alone": critic_alone, "beside": with_critic}[settings["critic"]](settings)
     out = Path(settings["out"])
