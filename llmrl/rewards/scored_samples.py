@@ -129,7 +129,7 @@ async def _scores(
     places = [(i, k) for i, samples in enumerate(groups) for k in range(len(samples))]
 
     def shown(as_text: bool, index: int, text: str) -> tuple[Any, Any]:
-        return (rows[index]["prompt"], text) if as_text else (prompts[index], [_message(text)])
+        return (rows[index]["prompt"], text) if as_text else (prompts[index], _message(text))
 
     pairs = [shown(isinstance(rows[i]["prompt"], str), i, texts[i][k]) for i, k in places]
     read = [shown(isinstance(prompts[i], str), i, texts[i][k]) for i, k in places]
