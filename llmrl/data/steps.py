@@ -6,7 +6,6 @@ all of it; nothing is tokenised again, so a token that reaches over a boundary b
 
 import re
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 
 from llmrl.errors import RefusedError
 
@@ -83,7 +82,7 @@ def _tokens_up_to(place: int, text: str, token_ids: Sequence[int], decode: Calla
     low, high = 0, len(token_ids)
     while low < high:
         middle = (low + high) // 2
-        if len(commonprefix([decode(token_ids[:middle]), text])) >= place:
+        if decode(token_ids[:middle])[:place] == text[:place]:
             high = middle
         else:
             low = middle + 1

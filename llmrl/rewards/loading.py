@@ -31,9 +31,8 @@ def load(entry: RewardFunctionKeys, pool: Verifiers, say: Callable[[str], None])
     name = entry.function
     if name in FUNCTIONS:
         return build(name, entry.options, pool)
-    if match := _OWN.fullmatch(name):
-        module = _file(match["file"]) if match["file"] else _module(match["module"])
-        return own(name, _attribute(module, match["name"] or match["attribute"], name), entry.options)
+    if _OWN.fullmatch(name):
+        return own(name, function_named(name), entry.options)
     if "/" in name or Path(name).is_dir():
         from llmrl.rewards.classifier import reward_model
 
@@ -43,6 +42,16 @@ def load(entry: RewardFunctionKeys, pool: Verifiers, say: Callable[[str], None])
         f"{', '.join(FUNCTIONS)}; your own is FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION; a reward model is a folder "
         "or a hub id"
     )
+
+
+def function_named(name: str, key: str = "rewards") -> Callable[..., Any]:
+    """The function that the configuration's `key` names: FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION. Raises
+    RefusedError for what is not there or cannot be loaded."""
+    match = _OWN.fullmatch(name)
+    if match is None:
+        raise RefusedError(f"{key}: `{name}` names no function; write FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION")
+    module = _file(match["file"], key) if match["file"] else _module(match["module"], key)
+    return _attribute(module, match["name"] or match["attribute"], name, key)
 
 
 def own(name: str, call: Callable[..., Any], options: dict[str, Any]) -> RewardFunction:
@@ -79,11 +88,11 @@ def is_async(call: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
 
 
-def _file(path: str) -> ModuleType:
+def _file(path: str, key: str) -> ModuleType:
     """The module in a file, under a name that no other has, so that it hides nothing and is found by pickle."""
     file = Path(path).expanduser().resolve()
     if not file.is_file():
-        raise RefusedError(f"rewards: {path}: there is no such file (looked for {file})")
+        raise RefusedError(f"{key}: {path}: there is no such file (looked for {file})")
     name = f"llmrl_reward_{file.stem}_{zlib.crc32(str(file).encode()):x}"
     if name in sys.modules:
         return sys.modules[name]
@@ -96,29 +105,29 @@ def _file(path: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise RefusedError(f"rewards: {path} cannot be loaded: {_last_lines(error)}") from error
+        raise RefusedError(f"{key}: {path} cannot be loaded: {_last_lines(error)}") from error
     return module
 
 
-def _module(name: str) -> ModuleType:
+def _module(name: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
         raise RefusedError(
-            f"rewards: the module {name} cannot be imported: {_last_lines(error)}. Install it, or name a file: "
+            f"{key}: the module {name} cannot be imported: {_last_lines(error)}. Install it, or name a file: "
             "FILE.py:FUNCTION"
         ) from error
 
 
-def _attribute(module: ModuleType, attribute: str, name: str) -> Callable[..., Any]:
+def _attribute(module: ModuleType, attribute: str, name: str, key: str) -> Callable[..., Any]:
     found = getattr(module, attribute, None)
     if callable(found):
         return found
     if found is not None:
-        raise RefusedError(f"rewards: {name} is {type(found).__name__}, not a function")
+        raise RefusedError(f"{key}: {name} is {type(found).__name__}, not a function")
     functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
     hint = f"; did you mean `{nearest(attribute, functions)}`?" if functions else "; there is no function in it"
-    raise RefusedError(f"rewards: {name}: there is no `{attribute}` there{hint}")
+    raise RefusedError(f"{key}: {name}: there is no `{attribute}` there{hint}")
 
 
 def _last_lines(error: BaseException) -> str:

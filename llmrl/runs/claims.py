@@ -19,7 +19,7 @@ from llmrl.runs import checkpoints, ranks
 
 OURS = (
     "config.yaml", "environment.json", "metrics.jsonl", "evals.json", "summary.json", "checkpoints", "final",
-    "rollouts", "report.html", "samples.json",
+    "rollouts", "rounds", "report.html", "samples.json",
 )  # fmt: skip
 
 

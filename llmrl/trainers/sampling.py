@@ -142,6 +142,14 @@ class Sampler:
             self._rest()
         return whole.groups
 
+    def of_tasks(self, tasks: Sequence[Task], what: str) -> Collected:
+        """Rollouts of tasks of the caller's, such as answers that have begun, with the newest weights; all ranks', and
+        a group's `place` is its task's among `tasks`. Only between steps."""
+        self.synchronise()
+        whole = self._whole([self._collect(list(tasks), self.config.temperature, self._policy(), what, None)])
+        self._rest()
+        return whole
+
     def synchronise(self) -> None:
         """Give the engine the learner's weights, if they have changed since it got them; it is awake afterwards."""
         if self._synced != self.version:
@@ -177,10 +185,13 @@ class Sampler:
             Task(prompt.number, prompt.row, self.config.samples_per_prompt, row_seed(seed, place, 0))
             for place, prompt in enumerate(prompts)
         ]
+        what = f"rollouts of step {step + 1}"
+        return self._collect(tasks, self.config.temperature, self._policy(), what, step)
+
+    def _policy(self) -> GroupPolicy:
+        """A group with fewer samples than `min_per_group` needs all of them; the collector sees to that."""
         keys = self.config.rollout
-        least = min(keys.min_per_group, self.config.samples_per_prompt)
-        policy = GroupPolicy(keys.on_error, keys.retries, least, keys.early_stop)
-        return self._collect(tasks, self.config.temperature, policy, f"rollouts of step {step + 1}", step)
+        return GroupPolicy(keys.on_error, keys.retries, keys.min_per_group, keys.early_stop)
 
     def _collect(
         self, tasks: list[Task], temperature: float, policy: GroupPolicy, what: str, steps_done: int | None

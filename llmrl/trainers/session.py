@@ -89,6 +89,11 @@ class Session:
             self.run.log(step, line)
             self._tell("on_log", logs=line)
 
+    def checkpoint(self) -> None:
+        """A checkpoint of the steps done so far, if there are any and it has not been left yet."""
+        if self.state.global_step > 0:
+            self._save(self.state.global_step)
+
     @contextmanager
     def before_updates(self) -> Iterator[None]:
         """Around what a step does before it changes any weight, such as sampling: where that fails or is interrupted,
@@ -98,10 +103,9 @@ class Session:
         except RankLostError:  # those that are left cannot save together
             raise
         except Exception as error:
-            if self.state.global_step > 0:
-                self._save(self.state.global_step)
-                if isinstance(error, RefusedError):
-                    raise RunFailedError(str(error)) from error
+            self.checkpoint()
+            if self.state.global_step > 0 and isinstance(error, RefusedError):
+                raise RunFailedError(str(error)) from error
             raise
 
     def finish(self) -> None:

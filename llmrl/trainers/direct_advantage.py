@@ -1,0 +1,171 @@
+"""Direct Advantage Policy Optimization: every step of an answer is pushed by what it does to the chance of success.
+
+Liu et al., arXiv 2412.18279, Algorithm 1. The paper abbreviates it DAPO; decoupled-clip DAPO (arXiv 2503.14476), a
+clipped policy gradient without a critic, is another method, here `method: loop` with `algorithm: dapo_clip`. The losses
+are `llmrl.objectives.direct_advantage`, the stages of a round `direct_advantage_stages`; this file is configuration and
+loop.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmrl.config.keys import Positive, SchedulerType, Text
+from llmrl.trainers.sampling_config import SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from llmrl.runs import Run
+
+
+class DirectAdvantageConfig(SamplingConfig):
+    """Direct Advantage (not decoupled-clip DAPO): rounds of sampling, critic and actor."""
+
+    method: Literal["direct_advantage"] = "direct_advantage"
+    """The method that this file configures."""
+    rounds: Positive = 1
+    """Rounds of all stages, each from the actor that the one before has trained (the paper made 1 or 2)."""
+    prompts_per_step: Annotated[int, Field(ge=2)] = 256
+    """Prompts of a round, over all processes together: a round is the step in which this method samples."""
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 32
+    """Answers to each prompt, of which kept_per_prompt are divided into steps (TRL: num_generations)."""
+    kept_per_prompt: Positive = 6
+    """Answers of a prompt whose states are looked at, as evenly right and wrong as they come, equal ones once."""
+    step_delimiter: Text = "\n"
+    """Regular expression that ends a step, to which it belongs."""
+    step_function: Text | None = None
+    """Your own instead: FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, from an answer's text to the list of its steps."""
+    max_states_per_response: Positive | None = None
+    """States of one answer, evenly spread over its steps; null = the prompt and every step but the last."""
+    completions_per_state: Annotated[int, Field(ge=2)] = 16
+    """Completions from each state: the share of right ones is its success rate, their first steps are its actions."""
+    success_threshold: float | None = None
+    """An answer is right if its reward is at least this; null: rewards must be 0 or 1."""
+    critic_epochs: Positive = 1
+    """Passes over a round's states in which the critic is trained."""
+    critic_states_per_step: Positive = 512
+    """States in one optimizer step of the critic, over all processes together."""
+    critic_learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    """AdamW's learning rate for the critic, a copy of the actor with a value head that begins at 0."""
+    critic_value_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """The value head's own; null = critic_learning_rate."""
+    critic_validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of a round's prompts on whose states the critic is judged instead of trained."""
+    min_spread: Annotated[float, Field(ge=0)] = 0.1
+    """States whose largest and smallest advantage are nearer than this do not train the actor."""
+    beta: Annotated[float, Field(gt=0)] = 0.02
+    """A step's log-ratio to the round's first actor is to become advantage / beta (paper: 0.01 or 0.02)."""
+    average: Literal["state", "action"] = "state"
+    """What weighs alike in the actor's loss: states, whatever the number of their actions, or actions."""
+    states_per_step: Positive = 128
+    """States, each with all of its actions, in one optimizer step of the actor, over all processes together."""
+    max_steps: Positive = 100
+    """Optimizer steps of the actor, over all rounds together and as many in each."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-7
+    """Peak learning rate of AdamW for the actor (the paper's, for all weights of 7B)."""
+    lr_scheduler_type: SchedulerType = "constant"
+    """Shape of the learning rate over the steps of all rounds."""
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimizer steps of the actor in each round."""
+        return self.max_steps // self.rounds
+
+    @model_validator(mode="after")
+    def _whole_rounds(self) -> Self:
+        if self.max_steps % self.rounds:
+            fewer = max(self.steps_per_round, 1) * self.rounds
+            raise ValueError(
+                f"max_steps {self.max_steps} cannot be shared evenly by {self.rounds} rounds: set it to {fewer} or "
+                f"{(self.steps_per_round + 1) * self.rounds}"
+            )
+        if self.kept_per_prompt > self.samples_per_prompt:
+            raise ValueError(
+                f"kept_per_prompt {self.kept_per_prompt} of samples_per_prompt {self.samples_per_prompt} answers: keep "
+                "fewer, or sample more"
+            )
+        if self.step_function is not None and self.step_delimiter != "\n":
+            raise ValueError("step_function divides answers by itself: leave step_delimiter out")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_without_meaning(self) -> Self:
+        for key, meant, why in (
+            ("num_train_epochs", 1.0, "how many states there are is only known when they were sampled; set max_steps"),
+            ("max_staleness", 0, "a round's answers are all sampled before it trains"),
+            ("reference", "auto", "the reference's log-probabilities are written down at the start of each round"),
+        ):
+            if getattr(self, key) != meant:
+                raise ValueError(f"{key} {getattr(self, key)} has no meaning with direct_advantage: {why}")
+        if self.rollout.max_turns > 1:
+            raise ValueError(
+                f"rollout.max_turns {self.rollout.max_turns}: steps are those of one answer, so it must be 1"
+            )
+        return self
+
+
+Config = DirectAdvantageConfig
+
+
+def describe(config: DirectAdvantageConfig, world_size: int) -> dict[str, str | int | float]:
+    """The derived batch arithmetic, from the configuration alone."""
+    from llmrl.errors import RefusedError
+    from llmrl.trainers.sampling_command import reward_in_words
+
+    for key in ("prompts_per_step", "states_per_step"):
+        if getattr(config, key) < world_size:
+            raise RefusedError(
+                f"{key} {getattr(config, key)} over {world_size} processes leaves some without any; set it to at "
+                f"least {world_size}"
+            )
+    prompts, kept, completions = config.prompts_per_step, config.kept_per_prompt, config.completions_per_state
+    states = "x its steps" if config.max_states_per_response is None else f"x up to {config.max_states_per_response}"
+    steps = config.step_function or f"end with {config.step_delimiter!r}"
+    return {
+        "method": "Direct Advantage, arXiv 2412.18279 (not decoupled-clip DAPO, arXiv 2503.14476)",
+        "processes": world_size,
+        "optimizer steps": f"{config.max_steps} of the actor: {config.rounds} rounds x {config.steps_per_round}",
+        "answers per round": f"{prompts} prompts x {config.samples_per_prompt}; {prompts} x {kept} are divided",
+        "steps of an answer": steps,
+        "states per round": f"at most {prompts * kept} answers {states}, equal ones once",
+        "completions per round": f"states x {completions}, each of up to {config.max_completion_length} tokens",
+        "critic": f"{config.critic_epochs} epochs of {config.critic_states_per_step} states a step, judged on "
+        f"{config.critic_validation:.0%} of the prompts",
+        "actions": f"kept where advantages are {config.min_spread:g} apart; targets advantage / {config.beta:g} nats",
+        "states per step": f"{config.states_per_step}, about {config.states_per_step / world_size:g} a process",
+        "reward": reward_in_words(config),
+        "right": "reward 1" if config.success_threshold is None else f"reward of at least {config.success_threshold:g}",
+        "micro-batches": f"of {config.tokens_per_microbatch} tokens; they never change the gradient",
+    }
+
+
+def check(config: DirectAdvantageConfig) -> list[str]:
+    """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
+    from llmrl.trainers.direct_advantage_stages import segmenter
+    from llmrl.trainers.sampled_run import check_sampling
+
+    segmenter(config)
+    return check_sampling(config)
+
+
+def train(
+    config: DirectAdvantageConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()
+) -> None:
+    """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
+    from llmrl.objectives.direct_advantage import DirectAdvantage
+    from llmrl.trainers.direct_advantage_rounds import Rounds
+    from llmrl.trainers.sampled_run import SampledRun
+
+    objective = DirectAdvantage(config.beta, config.average).objective()
+    with SampledRun(
+        config, run, needs_reference=False, total_steps=config.max_steps, dataset=dataset, callbacks=callbacks
+    ) as sampled:
+        rounds = Rounds(config, sampled)
+        for step in sampled.session.steps():
+            states = rounds.states_of(step)  # at a round's first step all of A.1 to B.1
+            metrics = sampled.learner.update(states, objective)
+            sampled.policy_changed()
+            sampled.session.record({**rounds.metrics, **metrics})
+        sampled.session.finish()

@@ -1,0 +1,290 @@
+"""The rounds of Direct Advantage: stages A.1 to B.1, and the states on which the actor is trained (Algorithm 1).
+
+OUTPUT_DIR/rounds/round_N holds what each stage has left (`stage_files`):
+
+    states.jsonl        A.1  states of the answers that are kept
+    completions.jsonl   A.2  what followed each state, how often it ended right
+    critic/             A.3  the model, value_head.safetensors, training.jsonl, reliability.json
+    actions.jsonl       B.1  the states' actions: values, advantages, the reference's log-probabilities
+    stages.json              weights, data and configuration that the round began with; the stages' counts
+
+Invariants: what a round samples follows from its number, the seed and the weights; a checkpoint is left before a round
+begins, and it knows the weights of the round in which it stands.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmrl.config.resolved import fingerprint
+from llmrl.data.order import rows_for_step
+from llmrl.errors import RunFailedError, RunInterruptedError
+from llmrl.evaluation.progress import Ticker
+from llmrl.learner.learner import Learner
+from llmrl.learner.sequences import Group
+from llmrl.learner.sharding import max_over_ranks
+from llmrl.objectives.direct_advantage import reliability
+from llmrl.rollout.protocol import row_seed
+from llmrl.runs.files import write_json
+from llmrl.trainers import direct_advantage_critic as critics
+from llmrl.trainers.direct_advantage import DirectAdvantageConfig
+from llmrl.trainers.direct_advantage_stages import (
+    Candidate,
+    action_line,
+    actor_group,
+    candidates_of,
+    completion_line,
+    critic_groups,
+    going_on,
+    segmenter,
+    states_of,
+    tasks_from,
+)
+from llmrl.trainers.rollout_metrics import rollout_metrics
+from llmrl.trainers.sampled_run import SampledRun
+from llmrl.trainers.stage_files import Line, StageFolder, Tallies, by_the_first
+
+STATES_AT_ONCE = 1024
+"""States whose completions are under way together; the rollouts of more would only fill memory."""
+SAID = ("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio")
+"""What of the answers' metrics is logged with every step of their round."""
+
+
+class Rounds:
+    """`states_of(step)`: the groups of an optimizer step. `metrics`: of the round in which it is."""
+
+    def __init__(self, config: DirectAdvantageConfig, sampled: SampledRun) -> None:
+        self.config, self.sampled, self.run = config, sampled, sampled.run
+        self.learner, self.accelerator = sampled.learner, sampled.learner.accelerator
+        critics.refuse_split(self.learner)
+        self.split = segmenter(config)
+        self.metrics: Tallies = {}
+        self._number, self._weights, self._groups = -1, "", list[Group]()
+        self.accelerator.register_for_checkpointing(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: the weights with which the round began."""
+        return {"weights": self._weights}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._weights = saved["weights"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        text = self.sampled.task.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def states_of(self, step: int) -> list[Group]:
+        """The states of optimizer step `step` (from 0), each with all of its actions; at a round's first step
+        everything that comes before it is done, or found done."""
+        number, within = divmod(step, self.config.steps_per_round)
+        if number != self._number:
+            with self.sampled.session.before_updates(), _own_random_numbers():
+                self._enter(number, step, begins=within == 0)
+        count = min(self.config.states_per_step, len(self._groups))
+        seed = row_seed(self.config.seed, number, 3) % 2**32
+        return [self._groups[row] for row in rows_for_step(within, count, len(self._groups), seed)]
+
+    def _enter(self, number: int, step: int, begins: bool) -> None:
+        if begins:
+            self.sampled.session.checkpoint()
+            self._weights = by_the_first(self.accelerator, lambda: digest(self.learner))
+        identity = {
+            "weights": self._weights,
+            "dataset": self.sampled.task.data.fingerprint,
+            "configuration": fingerprint(self.config),
+        }
+        path = self.run.directory / "rounds" / f"round_{number + 1}"
+        folder = StageFolder(path, identity, begins, self.run, self.accelerator)
+        stages = _Stages(self, folder, number, number * self.config.steps_per_round)
+        kept = [line for line in folder.lines("actions.jsonl", stages.actions) if line["kept"]]
+        self._record_critic(folder, number * self.config.steps_per_round)
+        if not kept:
+            raise RunFailedError(
+                f"no state of {path / 'actions.jsonl'} teaches anything: the values of its actions are nowhere "
+                f"{self.config.min_spread:g} apart. Choose easier or harder prompts, more samples_per_prompt, a critic "
+                "that is trained longer (critic_epochs, critic_learning_rate), or a lower min_spread"
+            )
+        tallies = folder.tallies()
+        self.metrics = {
+            "round": float(number + 1),
+            **{f"round/{name}": value for name, value in tallies["states.jsonl"].items() if name not in SAID},
+            **{name: value for name, value in tallies["states.jsonl"].items() if name in SAID},
+            **{f"round/{name}": value for name, value in tallies["actions.jsonl"].items()},
+        }
+        self._number, self._groups = number, [actor_group(line) for line in kept]
+
+    def _record_critic(self, folder: StageFolder, step: int) -> None:
+        """Its calibration in evals.json, also where an earlier attempt at the run has trained it."""
+        known = any((entry["step"], entry["name"]) == (step, "critic") for entry in self.run.metrics.evaluations)
+        if not known:
+            self.run.evaluation(step, "critic", folder.tallies()["critic"])
+
+
+class _Stages:
+    """What makes a round's files; `step`: the optimizer steps before the round."""
+
+    def __init__(self, rounds: Rounds, folder: StageFolder, number: int, step: int) -> None:
+        self.rounds, self.folder, self.number, self.step = rounds, folder, number, step
+        self.config, self.sampled, self.run = rounds.config, rounds.sampled, rounds.run
+        self.learner, self.decode = rounds.learner, rounds.decode
+
+    def ticker(self, what: str) -> Ticker:
+        return Ticker(self.run.console.say, f"round {self.number + 1}: {what}")
+
+    def states(self) -> tuple[list[Line], Tallies]:
+        """A.1: answers of the actor, and the states of those that are kept."""
+        self.sampled.sampler.cursor.position = self.number * self.config.prompts_per_step
+        collected = self.sampled.collect(self.step)
+        lines, counts = states_of(collected.groups, self.config, self.rounds.split, self.decode)
+        self.run.note(
+            f"round {self.number + 1}: {counts['answers']:.0f} answers ({counts['right']:.0%} right), of which "
+            f"{counts['kept']:.0f} are kept ({counts['of_one_step']:.0f} of one step): {counts['states']:.0f} states, "
+            f"beside {counts['states_again']:.0f} that were there before"
+        )
+        metrics = rollout_metrics(collected)
+        return lines, {**counts, **{name: metrics[name] for name in SAID if name in metrics}}
+
+    def completions(self) -> tuple[list[Line], Tallies]:
+        """A.2: completions from every state, and its success rate."""
+        states = self.folder.lines("states.jsonl", self.states)
+        rows = {prompt.number: prompt.row for prompt in self.sampled.task.data.train}
+        tasks = tasks_from(states, rows, self.config, self.number)
+        lines: list[Line] = []
+        for first in range(0, len(tasks), STATES_AT_ONCE):
+            what = f"completions of round {self.number + 1}, states {first + 1} to "
+            part = tasks[first : first + STATES_AT_ONCE]
+            found = self.sampled.sampler.of_tasks(part, f"{what}{first + len(part)} of {len(tasks)}")
+            made = [
+                completion_line(states[first + group.place], group, self.config.success_threshold, self.decode)
+                for group in found.groups
+            ]
+            lines += [line for line in made if line is not None]
+        if len(lines) < len(states):
+            self.run.note(
+                f"round {self.number + 1}: {len(states) - len(lines)} states without completions are left out"
+            )
+        rate = sum(line["rate"] for line in lines) / max(len(lines), 1)
+        return lines, {"states": len(lines), "rate": rate}
+
+    def critic(self, folder: Path) -> Tallies:
+        """A.3: the critic, and how well it knows the success rates of prompts that it was not trained on."""
+        completions = self.folder.lines("completions.jsonl", self.completions)
+        states = self.folder.lines("states.jsonl", self.states)
+        seed = row_seed(self.config.seed, self.number, 4) % 2**32
+        end = int(self.sampled.task.tokenizer.eos_token_id)
+        groups = critic_groups(states, completions, end, self.config.critic_validation, seed)
+        training = critics.CriticTraining(
+            epochs=self.config.critic_epochs,
+            states_per_step=self.config.critic_states_per_step,
+            learning_rate=self.config.critic_learning_rate,
+            value_learning_rate=self.config.critic_value_learning_rate,
+            seed=seed,
+        )
+        found = self._trained(groups.train, groups.validation, training, folder)
+        critics.give_memory_back()
+        return found
+
+    def _trained(
+        self, train: list[Group], validation: list[Group], training: critics.CriticTraining, folder: Path
+    ) -> Tallies:
+        course: list[Line] = []
+        tick = self.ticker("steps of the critic")
+
+        def after_step(done: int, total: int, metrics: dict[str, float]) -> None:
+            course.append({"step": done, **metrics})
+            tick(done, total)
+            if max_over_ranks(self.learner.accelerator, int(self.run.interrupted)):
+                raise RunInterruptedError(f"a signal asked for it after step {done} of {total} of the critic")
+
+        critic = critics.fit(self.learner, train, training, after_step)
+        predicted = critics.success(critic, validation, self.ticker("groups of states valued for validation"))
+        rates = [float(s.token_values["success_rate"][0]) for group in validation for s in group]
+        judged = reliability([v for group in predicted for v in group], rates)
+        critics.save(critic, folder)
+        if self.run.is_main:
+            self.sampled.task.tokenizer.save_pretrained(folder)
+            lines = "".join(json.dumps(line) + "\n" for line in course)
+            (folder / "training.jsonl").write_text(lines, encoding="utf-8")
+            bins = [b._asdict() for b in judged.bins]
+            write_json(folder / "reliability.json", {**judged._asdict(), "bins": bins, "n": len(rates)})
+        return {
+            "brier": judged.brier,
+            "brier_of_mean": judged.brier_of_mean,
+            "calibration_error": judged.error,
+            "n": len(rates),
+            "states_trained_on": sum(map(len, train)),
+            "loss_first": course[0]["critic_loss"],
+            "loss_last": course[-1]["critic_loss"],
+        }
+
+    def actions(self) -> tuple[list[Line], Tallies]:
+        """B.1: the first steps of the completions with their advantages, and what the reference says of them."""
+        folder = self.folder.folder("critic", self.critic)
+        completions = self.folder.lines("completions.jsonl", self.completions)
+        states = self.folder.lines("states.jsonl", self.states)
+        candidates = [candidates_of(line, self.rounds.split, self.decode) for line in completions]
+        asked = [states[line["state"]] for line in completions]
+        values = self._values(folder, asked, candidates)
+        critics.give_memory_back()
+        lines = [
+            action_line(state, found, known, self.config.min_spread, self.decode)
+            for state, found, known in zip(asked, candidates, values, strict=True)
+        ]
+        kept = [line for line in lines if line["kept"]]
+        single = sum(len(line["actions"]) == 1 for line in lines)
+        self._add_reference(kept)
+        self.run.note(
+            f"round {self.number + 1}: {len(kept)} of {len(lines)} states train the actor; {single} have one action, "
+            f"{len(lines) - len(kept) - single} actions nearer than {self.config.min_spread:g}"
+        )
+        per_state = sum(len(line["actions"]) for line in kept) / max(len(kept), 1)
+        return lines, {"states_kept": len(kept), "of_one_action": single, "actions_per_state": per_state}
+
+    def _values(
+        self, folder: Path, states: list[Line], candidates: list[list[Candidate]]
+    ) -> list[dict[tuple[int, ...], float]]:
+        """The critic's value of every action that does not end the answer, by state."""
+        actions = [going_on(found) for found in candidates]
+        end = int(self.sampled.task.tokenizer.eos_token_id)
+        groups = [
+            critics.state_group([[*state["prompt_ids"], *state["answer_ids"], *ids] for ids in different], end)
+            for state, different in zip(states, actions, strict=True)
+            if different
+        ]
+        critic = critics.load(folder, self.config, self.learner)
+        found = iter(critics.success(critic, groups, self.ticker("states whose actions are valued")))
+        return [dict(zip(different, next(found), strict=True)) if different else {} for different in actions]
+
+    def _add_reference(self, kept: list[Line]) -> None:
+        """The log-probabilities of the actions' tokens with the weights of now, with which the round begins."""
+        groups = [actor_group(line) for line in kept]
+        known = self.learner.logprobs(groups, progress=self.ticker("states scored by the reference"))
+        for line, logprobs in zip(kept, known, strict=True):
+            for action, numbers in zip(line["actions"], logprobs, strict=True):
+                action["reference_logprobs"] = numbers.tolist()
+
+
+def digest(learner: Learner) -> str:
+    """Of the policy's weights as they are now."""
+    found = hashlib.sha256()
+    for name, tensor in learner.weights():
+        found.update(name.encode())
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """Whether a stage is made or found made, training draws the same afterwards."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
