@@ -22,7 +22,7 @@ from llmrl.data.faults import RowFault, refusal, sound
 from llmrl.data.lengths import OverlongError, fit
 from llmrl.data.mapping import Fingerprint, combined, mapped
 from llmrl.data.preferences import PreferenceKeys, check_training
-from llmrl.data.scored_rows import COLUMNS, Scored, check_scored_columns, read_scored
+from llmrl.data.scored_rows import COLUMNS, Scored, Wanted, check_scored_columns, read_scored
 from llmrl.data.splits import Rows, train_and_heldout
 from llmrl.data.tokenization import Encoded, Encoder, check_chat_template
 from llmrl.errors import RefusedError
@@ -34,6 +34,7 @@ COUNTED = {
     "dropped_overlong_prompts": "rows dropped because max_length leaves no room for prompt and completion",
     "dropped_overlong_completions": "rows dropped because a completion does not fit into max_length",
     "without_reward": "samples left out because they have no reward",
+    "left_out": "samples left out because a limit, or max_length, cuts them off",
     "cut_off_samples": "samples without a stop token, as a limit leaves them that cuts a completion off",
     "truncated_completions": "samples cut to fit into max_length; they lose their stop token",
     "truncated_prompts": "prompts cut at their start to fit into max_length",
@@ -82,15 +83,18 @@ def prepare_scored(
     faulty_rows: Literal["error", "drop"] = "error",
     least_samples: int = 2,
     needs_logprobs: bool = False,
+    cut_off: Literal["keep", "leave_out"] = "keep",
 ) -> ScoredData:
     """Read, check, render and tokenise scored samples.
 
     dataset: used instead of `config.dataset_name`. stop_token_ids: where generation stops besides the tokenizer's EOS.
     faulty_rows: what happens to rows that are none, `drop` counts them. needs_logprobs: rows without are faulty.
+    cut_off: whether samples stay that a limit cut off, or that max_length would cut.
     Raises RefusedError naming source, row, column and remedy.
     """
     train, heldout = train_and_heldout(config, say, dataset)
     encoder = Encoder(tokenizer, stop_token_ids)
+    wanted = Wanted(least_samples, needs_logprobs, cut_off == "leave_out", encoder.stop_ids)
     counts = Counter(dict.fromkeys(("rows", "train_rows", "heldout_rows", "samples", *COUNTED), 0))
     fingerprints: list[Fingerprint] = []
     prepared: list[Dataset] = []
@@ -98,13 +102,13 @@ def prepare_scored(
         if rows is None:
             continue
         fingerprints.append(Fingerprint())
-        preparation = _Preparation(config, encoder, rows.where, counts, fingerprints[-1])
-        preparation.drops_faulty, preparation.needs = faulty_rows == "drop", (least_samples, needs_logprobs)
+        preparation = _Preparation(config, encoder, wanted, rows.where, counts)
+        preparation.fingerprint, preparation.drops_faulty = fingerprints[-1], faulty_rows == "drop"
         part = mapped(preparation.sound(rows), preparation.batch, ("prompt_ids",), NESTED, fingerprints[-1])
         counts.update({"rows": len(rows), name: len(part)})
         if rows is train:
             last_ids = part[0]["completion_ids"][0] if len(part) else None
-            if counts["samples"] and counts["cut_off_samples"] == counts["samples"]:
+            if 0 < counts["samples"] == counts["cut_off_samples"] and not counts["without_stop_token"]:
                 raise RefusedError(f"{rows.where}: {ALL_CUT_OFF}")
             check_training(rows, last_ids, preparation.ended, encoder, counts, _changes(counts))
         prepared.append(part)
@@ -118,29 +122,29 @@ def prepare_scored(
 class _Preparation:
     """The rows of one source on their way to token ids. `ended`: kept samples that hold their stop token."""
 
+    fingerprint: Fingerprint
     drops_faulty: bool
-    needs: tuple[int, bool]
 
     def __init__(
-        self, keys: PreferenceKeys, encoder: Encoder, where: str, counts: Counter[str], fingerprint: Fingerprint
+        self, keys: PreferenceKeys, encoder: Encoder, wanted: Wanted, where: str, counts: Counter[str]
     ) -> None:
-        self.keys, self.encoder, self.where, self.counts = keys, encoder, where, counts
-        self.fingerprint, self.ended = fingerprint, 0
+        self.keys, self.encoder, self.wanted, self.where, self.counts = keys, encoder, wanted, where, counts
+        self.ended = 0
 
     def sound(self, rows: Rows) -> Rows:
         """The rows that can be read, before any is tokenised; the others are refused together, or dropped."""
-        check_scored_columns(rows.table.column_names, rows.where, self.needs[1])
+        check_scored_columns(rows.table.column_names, rows.where, self.wanted.logprobs)
         kept = sound(rows.columns(COLUMNS), self._check, drop=self.drops_faulty)
         self.counts["dropped_faulty"] += len(rows) - len(kept)
         return kept
 
     def _check(self, row: dict[str, Any]) -> None:
-        if read_scored(row, *self.needs).conversational:
+        if read_scored(row, self.wanted).conversational:
             check_chat_template(self.encoder.tokenizer, self.where)
 
     def batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
         """Token ids, rewards and log-probabilities of the rows that are kept."""
-        read = [read_scored(row, *self.needs) for row in rows]
+        read = [read_scored(row, self.wanted) for row in rows]
         parts = zip(read, _encoded(read, self.encoder), numbers, strict=True)
         kept = [made for part in parts if (made := self._kept(*part)) is not None]
         self._note(kept)
@@ -161,10 +165,14 @@ class _Preparation:
 
     def _row(self, scored: Scored, encoded: list[Encoded]) -> dict[str, Any]:
         """The samples that have a reward, within max_length."""
-        prompt_ids, chosen = encoded[0].prompt_ids, scored.scored_indices
+        prompt_ids = encoded[0].prompt_ids
         if not prompt_ids:
             raise RowFault("prompt", "empty, and the tokenizer puts no token before an answer; give a prompt")
-        whole = [self._ids(scored, encoded, i) for i in chosen]
+        own = {i: self._ids(scored, encoded, i) for i in scored.chosen}
+        chosen = [i for i, ids in own.items() if not self._is_left_out(len(prompt_ids) + len(ids))]
+        if len(chosen) < max(self.wanted.least_samples, 1):
+            raise OverlongError(f"only {len(chosen)} samples fit into max_length {self.keys.max_length}", False)
+        whole = [own[i] for i in chosen]
         logprobs = [_shares(scored, i, len(ids)) for i, ids in zip(chosen, whole, strict=True)]
         fitting = fit(prompt_ids, whole, self.keys.max_length, self.keys.truncation_mode)
         if scored.summed and fitting.cut_completions:
@@ -173,7 +181,11 @@ class _Preparation:
                 "the sum of a completion that max_length cuts is not that of what is left; raise max_length, set "
                 "truncation_mode: drop, or give a log-probability a token",
             )
-        self._count(scored, encoded, [fitting.prompt_ids, *fitting.completions], whole)
+        self.counts["samples"] += len(chosen)
+        self.counts["without_reward"] += scored.rewards.count(None)
+        self.counts["left_out"] += len(scored.rewards) - scored.rewards.count(None) - len(chosen)
+        for i, ids, full in zip(chosen, fitting.completions, whole, strict=True):
+            self._count(scored, encoded[i], i, ids, full)
         self.counts["truncated_prompts"] += fitting.cut_prompts
         self.counts["truncated_completions"] += fitting.cut_completions
         return {
@@ -184,6 +196,9 @@ class _Preparation:
             if scored.logprobs is None
             else [part[: len(ids)] for part, ids in zip(logprobs, fitting.completions, strict=True)],
         }
+
+    def _is_left_out(self, length: int) -> bool:
+        return self.wanted.only_ended and length > self.keys.max_length and self.keys.truncation_mode != "keep_end"
 
     def _ids(self, scored: Scored, encoded: list[Encoded], index: int) -> list[int]:
         """A sample's own ids, or else those of its text, without the stop token that it did not reach."""
@@ -204,21 +219,18 @@ class _Preparation:
             )
         return ids
 
-    def _count(self, scored: Scored, encoded: list[Encoded], fitted: list[list[int]], whole: list[list[int]]) -> None:
-        chosen = scored.scored_indices
-        self.counts["samples"] += len(chosen)
-        self.counts["without_reward"] += len(scored.rewards) - len(chosen)
-        for i, ids, full in zip(chosen, fitted[1:], whole, strict=True):
-            stops = full[-1] in self.encoder.stop_ids
-            self.counts["cut_off_samples"] += not scored.ended[i] or (scored.completion_ids is not None and not stops)
-            self.ended += stops and len(ids) == len(full)
-            if scored.completion_ids is not None:
-                self.counts["samples_with_ids"] += 1
-                self.counts["other_text"] += not _says(self.encoder.decode(full), scored.completions[i])
-                continue
-            self.counts["retokenised_boundaries"] += encoded[i].retokenised
-            self.counts["rerendered_prompts"] += encoded[i].rerendered
-            self.counts["without_stop_token"] += not encoded[i].ends
+    def _count(self, scored: Scored, encoded: Encoded, index: int, ids: list[int], whole: list[int]) -> None:
+        """Of one sample; `ids` are what is left of it."""
+        stops = whole[-1] in self.encoder.stop_ids
+        self.counts["cut_off_samples"] += not (scored.ended[index] and stops)
+        self.ended += stops and len(ids) == len(whole)
+        if scored.completion_ids is not None:
+            self.counts["samples_with_ids"] += 1
+            self.counts["other_text"] += not _says(self.encoder.decode(whole), scored.completions[index])
+            return
+        self.counts["retokenised_boundaries"] += encoded.retokenised
+        self.counts["rerendered_prompts"] += encoded.rerendered
+        self.counts["without_stop_token"] += not encoded.ends
 
     def _note(self, kept: list[dict[str, Any]]) -> None:
         """Add to the fingerprint what `mapped` does not: the nested columns."""

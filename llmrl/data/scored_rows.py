@@ -33,8 +33,20 @@ ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a reader needs of a row. `only_ended`: completions that a limit cut off take no part; where the row does not
+    say which ended, those did whose last token is one of `stop_ids`, if it has token ids."""
+
+    least_samples: int = 0
+    logprobs: bool = False
+    only_ended: bool = False
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class Scored:
-    """One row, read. `logprobs`: of each completion its tokens', or a list of one with their sum where `summed`."""
+    """One row, read. `logprobs`: of each completion its tokens', or a list of one with their sum where `summed`.
+    `chosen`: the completions that take part, those that have a reward."""
 
     prompt: Text
     completions: list[Text]
@@ -43,16 +55,12 @@ class Scored:
     logprobs: list[list[float]] | None = None
     summed: bool = False
     ended: list[bool] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def conversational(self) -> bool:
         return isinstance(self.prompt, list)
-
-    @property
-    def scored_indices(self) -> list[int]:
-        """The completions that have a reward."""
-        return [index for index, reward in enumerate(self.rewards) if reward is not None]
 
 
 def check_scored_columns(columns: Sequence[str], where: str, needs_logprobs: bool = False) -> None:
@@ -65,29 +73,27 @@ def check_scored_columns(columns: Sequence[str], where: str, needs_logprobs: boo
     refuse_pictures(columns, where)
 
 
-def read_scored(row: dict[str, Any], least_samples: int = 0, needs_logprobs: bool = False) -> Scored:
-    """One row; raises RowFault, also where fewer than `least_samples` completions have a reward."""
+def read_scored(row: dict[str, Any], wanted: Wanted = Wanted()) -> Scored:
+    """One row; raises RowFault, also where fewer than `least_samples` completions take part."""
     prompt, completions = _texts(row)
     count = len(completions)
     rewards = [_reward(value, number) for number, value in enumerate(_each(row, "rewards", count), 1)]
     ids = _each(row, "completion_ids", count) if row.get("completion_ids") is not None else None
     ids = None if ids is None else [_ids(value, number) for number, value in enumerate(ids, 1)]
-    logprobs, summed = _logprobs(row, count, ids, needs_logprobs)
-    ended = _each(row, "ended", count) if row.get("ended") is not None else [True] * count
-    if not all(isinstance(value, bool) for value in ended):
-        raise RowFault("ended", f"holds more than true and false; {MEND}")
+    logprobs, summed = _logprobs(row, count, ids, wanted.logprobs)
+    ended = _ended(row, count, ids, wanted.stop_ids)
     extras = read_extras(row)
     if extras["tools"] and not isinstance(prompt, list):
         raise RowFault("tools", "needs the conversational format: plain text has no chat template to show them in")
-    found = Scored(prompt, completions, rewards, ids, logprobs, summed, ended, extras)
-    if len(found.scored_indices) < least_samples:
+    chosen = [i for i, reward in enumerate(rewards) if reward is not None and (ended[i] or not wanted.only_ended)]
+    if len(chosen) < wanted.least_samples:
+        these = "have a reward and ended by themselves" if wanted.only_ended else "have a reward"
         raise RowFault(
             "rewards",
-            f"{len(found.scored_indices)} of {count} completions have a reward, but the samples of a prompt are "
-            f"compared with one another, so there must be at least {least_samples}; sample more of them, or remove the "
-            "row",
+            f"{len(chosen)} of {count} completions {these}, but the samples of a prompt are compared with one another, "
+            f"so there must be at least {wanted.least_samples}; sample more of them, or remove the row",
         )
-    return found
+    return Scored(prompt, completions, rewards, ids, logprobs, summed, ended, chosen, extras)
 
 
 def _texts(row: dict[str, Any]) -> tuple[Text, list[Text]]:
@@ -121,6 +127,15 @@ def _each(row: dict[str, Any], column: str, count: int) -> list[Any]:
     if len(values) != count:
         raise RowFault(column, f"{len(values)} entries for {count} completions; give each its own, or remove the row")
     return values
+
+
+def _ended(row: dict[str, Any], count: int, ids: list[list[int]] | None, stop_ids: frozenset[int]) -> list[bool]:
+    if row.get("ended") is None:
+        return [not stop_ids or part[-1] in stop_ids for part in ids] if ids is not None else [True] * count
+    ended = _each(row, "ended", count)
+    if not all(isinstance(value, bool) for value in ended):
+        raise RowFault("ended", f"holds more than true and false; {MEND}")
+    return ended
 
 
 def _reward(value: Any, number: int) -> float | None:
@@ -215,7 +230,7 @@ def _usable(row: dict[str, Any]) -> list[tuple[Any, float]]:
     read = read_scored(row)
     return [
         (without_none(row["completions"][i]), reward)
-        for i in read.scored_indices
+        for i in read.chosen
         if (reward := read.rewards[i]) is not None and read.ended[i] and _text(read.completions[i]).strip()
     ]
 

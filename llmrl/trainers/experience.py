@@ -174,10 +174,12 @@ class Experience:
             if teaching:
                 groups = self._groups(teaching, learner.options.tokens_per_microbatch)
                 done.append(learner.update(groups, objective, counts, advance_schedule=False, language=language))
-        with warnings.catch_warnings():  # a step in which nothing could be learned passes by, too
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            learner.advance_schedule()
-        return {**_means(done, learner.learning_rate), "updates": float(len(done))}
+        advance_schedule(learner)
+        return means_of_updates(done, learner.learning_rate)
+
+    def prompts(self) -> list[Group]:
+        """The rollouts of each prompt together, as one group."""
+        return self._groups(range(len(self)))
 
     def _has_advantage(self, index: int) -> bool:
         return any(bool(np.any(piece.token_values["advantages"])) for piece in self.samples[index].pieces)
@@ -209,7 +211,7 @@ class Experience:
         members: dict[int, list[Group]] = {}
         for index in sorted(indices):
             members.setdefault(self.samples[index].group, []).append(self.samples[index].pieces)
-        return [group for rollouts in members.values() for group in _within(rollouts, budget)]
+        return [group for rollouts in members.values() for group in within_budget(rollouts, budget)]
 
 
 def token_sequences(rollout: Rollout, values: dict[str, float]) -> Group:
@@ -238,7 +240,7 @@ def token_sequences(rollout: Rollout, values: dict[str, float]) -> Group:
     return tuple(found)
 
 
-def _within(rollouts: list[Group], budget: int | None) -> list[Group]:
+def within_budget(rollouts: list[Group], budget: int | None) -> list[Group]:
     """The rollouts of a prompt as groups of at most `budget` different tokens; a rollout is never divided."""
     groups: list[Group] = []
     for pieces in rollouts:
@@ -274,10 +276,17 @@ def _split(values: NDArray[np.float32], counts: Sequence[int]) -> list[Floats]:
     return np.split(values, np.cumsum(counts)[:-1])
 
 
-def _means(updates: Sequence[dict[str, float]], learning_rate: float) -> dict[str, float]:
-    """Over the updates; tokens are added up, of extremes the largest or smallest is taken."""
+def advance_schedule(learner: Learner) -> None:
+    """The learning rate of the next step, after all updates of one; of none, where nothing could be learned."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        learner.advance_schedule()
+
+
+def means_of_updates(updates: Sequence[dict[str, float]], learning_rate: float) -> dict[str, float]:
+    """Over a step's updates, and how many they are; tokens are added up, of extremes one is taken."""
     if not updates:
-        nothing = dict.fromkeys(("loss", "grad_norm", "num_trained_tokens", "num_computed_tokens"), 0.0)
+        nothing = dict.fromkeys(("loss", "grad_norm", "num_trained_tokens", "num_computed_tokens", "updates"), 0.0)
         return {**nothing, "learning_rate": learning_rate}
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for update in updates for name in update):
@@ -290,4 +299,4 @@ def _means(updates: Sequence[dict[str, float]], learning_rate: float) -> dict[st
             merged[name] = max(numbers) if name.endswith("max") else min(numbers)
         else:
             merged[name] = float(np.mean(numbers))
-    return merged
+    return {**merged, "updates": float(len(updates))}
