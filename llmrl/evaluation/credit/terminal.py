@@ -43,7 +43,7 @@ def _show_answer(name: str, credit: Credit, scale: Scale, ends: str, console: Co
     console.print(Text(f"{name}: reward {scale.text(credit.total)} over {len(credit.spans)} tokens", "bold"))
     for number, step in enumerate(steps):
         for line in _step_lines(number, step, credit, scale, number == low, console.width):
-            console.print(line, no_wrap=True, crop=False)
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
 def _step_lines(number: int, step: Step, credit: Credit, scale: Scale, is_lowest: bool, width: int) -> Iterator[Text]:
