@@ -10,6 +10,7 @@ torch only inside functions, so that a command line can be checked at once.
 METHODS: dict[str, str] = {
     "dpo": "llmrl.trainers.dpo",
     "vpo": "llmrl.trainers.vpo",
+    "vpo_online": "llmrl.trainers.vpo_online",
     "cpl": "llmrl.trainers.cpl",
     "brain": "llmrl.trainers.brain",
     "brain_offline": "llmrl.trainers.brain_offline",

@@ -9,6 +9,7 @@ Invariants
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ Answers = dict[int, Group]
 def drawn_once(
     run: Run, learner: Learner, rows: set[int], draw: Callable[[], Answers], decode: Callable[[list[int]], str]
 ) -> Answers:
-    """The answers to these rows: those of the run that goes on, else what `draw` gives, which is kept in `FILE`.
+    """The answers to these rows: those of the run that goes on, else what `draw` gives, which is kept in `FILE`. A row
+    to which it gives none has an empty group.
 
     Call it while the learner still has its initial weights; on all ranks.
     """
@@ -46,7 +48,8 @@ def drawn_once(
     if not rows <= found.keys():
         if run.checkpoint is not None:
             run.note(f"{FILE} is not there or not whole: calibration answers are drawn again, from the initial weights")
-        found = draw()
+        drawn = draw()
+        found = {row: drawn.get(row, ()) for row in sorted(rows)}
     if run.is_main:
         write_answers(run.directory / FILE, found, decode)
     return found
@@ -62,44 +65,36 @@ def sampled_answers(
 ) -> Answers:
     """`sampling.n` answers to each prompt (token ids, by its row's number) with the weights as they are.
 
-    An answer ends where prompt and answer have `max_length` tokens, at the latest. Raises RefusedError where the model
-    cannot generate here.
+    An answer ends where prompt and answer have `max_length` tokens, at the latest, or as many as the model has
+    positions. Raises RefusedError where the model cannot generate here.
     """
     accelerator = learner.accelerator
-    _check(learner, prompts, sampling.max_tokens)
+    positions = _positions(learner)
     engine = HuggingFaceEngine(learner.causal_lm, tokenizer)
     numbers = sorted(prompts)
     chunks = [numbers[i : i + PROMPTS_AT_ONCE] for i in range(0, len(numbers), PROMPTS_AT_ONCE)]
     mine: dict[int, Group] = {}
     ticker = Ticker(say, "prompts answered by the reference, for calibration")
     for index in range(accelerator.process_index, len(chunks), accelerator.num_processes):
-        own = SamplingParams(
-            sampling.max_tokens, sampling.temperature, sampling.n, row_seed(sampling.seed, index, 0),
-            sampling.stop_token_ids,
-        )  # fmt: skip
+        asked = [prompts[number] for number in chunks[index]]
+        room = min(sampling.max_tokens, positions - max(map(len, asked)))
+        own = replace(sampling, max_tokens=max(room, 1), seed=row_seed(sampling.seed, index, 0))
         with accelerator.autocast():  # sampled in the precision that is trained in
-            found = engine.generate([prompts[number] for number in chunks[index]], own)
-        for number, completions in zip(chunks[index], found, strict=True):
-            ids = prompts[number]
-            room = max_length - len(ids)
-            mine[number] = tuple(completion(ids, one.token_ids[:room]) for one in completions)
+            found = engine.generate(asked, own)
+        for number, ids, completions in zip(chunks[index], asked, found, strict=True):
+            mine[number] = tuple(completion(ids, one.token_ids[: max_length - len(ids)]) for one in completions)
         ticker(len(mine) * accelerator.num_processes, len(numbers))
     return {number: group for share in gather_objects(accelerator, mine) for number, group in share.items()}
 
 
-def _check(learner: Learner, prompts: Mapping[int, list[int]], max_tokens: int) -> None:
+def _positions(learner: Learner) -> int:
+    """The longest sequence that the model takes; raises RefusedError where it cannot generate here."""
     if zero_stage(learner.accelerator) == 3:
         raise RefusedError(
             "calibration: reference generates with the whole model on each process, which ZeRO-3 does not have; "
             "sample the answers beforehand and name them by calibration: column, or launch with ZeRO-2 or DDP"
         )
-    limit = getattr(learner.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(prompts, key=lambda number: len(prompts[number]))
-    if limit and len(prompts[longest]) + max_tokens > limit:
-        raise RefusedError(
-            f"row {longest}: its prompt of {len(prompts[longest])} tokens and calibration_max_tokens {max_tokens} "
-            f"exceed the model's {limit} positions; lower calibration_max_tokens, or shorten the row"
-        )
+    return getattr(learner.causal_lm.config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
 def write_answers(file: Path, answers: Answers, decode: Callable[[list[int]], str]) -> None:

@@ -142,11 +142,13 @@ class Sampler:
             self._rest()
         return whole.groups
 
-    def of_tasks(self, tasks: Sequence[Task], what: str) -> Collected:
+    def of_tasks(self, tasks: Sequence[Task], what: str, *, judged: bool = True) -> Collected:
         """Rollouts of tasks of the caller's, such as answers that have begun, with the newest weights; all ranks', and
-        a group's `place` is its task's among `tasks`. Only between steps."""
+        a group's `place` is its task's among `tasks`. `judged` False: no reward function is called, and each has reward
+        0. Only between steps."""
         self.synchronise()
-        whole = self._whole([self._collect(list(tasks), self.config.temperature, self._policy(), what, None)])
+        temperature, policy = self.config.temperature, self._policy()
+        whole = self._whole([self._collect(list(tasks), temperature, policy, what, None, judged)])
         self._rest()
         return whole
 
@@ -194,7 +196,13 @@ class Sampler:
         return GroupPolicy(keys.on_error, keys.retries, keys.min_per_group, keys.early_stop)
 
     def _collect(
-        self, tasks: list[Task], temperature: float, policy: GroupPolicy, what: str, steps_done: int | None
+        self,
+        tasks: list[Task],
+        temperature: float,
+        policy: GroupPolicy,
+        what: str,
+        steps_done: int | None,
+        judged: bool = True,
     ) -> Share:
         """This rank's share of the tasks: each has its own engine, or the first asks the servers for all."""
         accelerator = self.learner.accelerator
@@ -208,7 +216,7 @@ class Sampler:
             self.task.renderer,
             self.task.kind.make,
             self.task.limits(),
-            functools.partial(self.task.score, steps_done=steps_done),
+            functools.partial(self.task.score, steps_done=steps_done) if judged else _unjudged,
             policy,
             _Shown(self, what),
         )
@@ -317,6 +325,12 @@ class _Shown:
                 f"{self.what}: {progress.done} of {progress.total}, {rate:,.0f} sampled tokens/s, most wait for "
                 f"{progress.waiting_for}"
             )
+
+
+async def _unjudged(group: RolloutGroup) -> None:
+    """What is kept whatever it is worth."""
+    for rollout in group.rollouts:
+        rollout.reward = 0.0
 
 
 def _sound(shares: Sequence[Share]) -> list[Collected] | None:

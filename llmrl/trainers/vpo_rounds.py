@@ -1,0 +1,189 @@
+"""The rounds of online VPO: pairs of what was sampled, calibration answers of the reference, updates on both.
+
+Invariants
+- A pair is trained on as the group (chosen, rejected, *calibration answers to the same prompt), with the reference's
+  log-probabilities, which are asked for once.
+- What an update sees follows from its step, the seed, the pairs so far and the guard's last reading, and a checkpoint
+  holds what of that is not in the weights.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from llmrl.data.order import RowCursor, rows_for_step
+from llmrl.errors import RunFailedError
+from llmrl.learner.sequences import Group, TokenSequence
+from llmrl.objectives.vpo import VPO, alpha_of_round
+from llmrl.rollout.collector import Task
+from llmrl.rollout.protocol import row_seed
+from llmrl.rollout.trajectory import Rollout, RolloutGroup
+from llmrl.runs import Run
+from llmrl.trainers.calibration import Answers, drawn_once
+from llmrl.trainers.experience import advance_schedule, means_of_updates, token_sequences
+from llmrl.trainers.offline import with_reference
+from llmrl.trainers.sampled_run import SampledRun
+from llmrl.trainers.vpo_online import VPOOnlineConfig
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+CALIBRATION_SEED = 1_000_003
+"""Beside the numbers of steps, from which the seeds of rollouts follow."""
+
+
+class Labelled(NamedTuple):
+    """Pairs (chosen, rejected) of one prompt's samples, and how many were equally good or equal."""
+
+    pairs: list[tuple[Rollout, Rollout]]
+    ties: int
+
+
+def labelled(group: RolloutGroup, pairing: Literal["in_order", "best_worst"]) -> Labelled:
+    """The pairs of a prompt's samples that have a reward and at least one sampled token."""
+    judged = [rollout for rollout in group.rollouts if rollout.reward is not None and rollout.num_sampled]
+    if pairing == "best_worst":
+        couples = [(max(judged, key=_score), min(judged, key=_score))] if len(judged) > 1 else []
+    else:
+        couples = list(zip(judged[0::2], judged[1::2], strict=False))
+    pairs = [
+        (first, second) if _score(first) > _score(second) else (second, first)
+        for first, second in couples
+        if _score(first) != _score(second) and first.pieces != second.pieces
+    ]
+    return Labelled(pairs, len(couples) - len(pairs))
+
+
+def _score(rollout: Rollout) -> float:
+    assert rollout.reward is not None
+    return rollout.reward + rollout.penalty
+
+
+class Rounds(SampledRun):
+    """A run of online VPO; its loop stands in `vpo_online`."""
+
+    config: VPOOnlineConfig
+
+    def __init__(
+        self, config: VPOOnlineConfig, run: Run, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()
+    ) -> None:
+        super().__init__(config, run, needs_reference=True, dataset=dataset, callbacks=callbacks)
+        self.answers: Answers = {}
+        self.pool: list[Group] = []  # what updates draw from
+        self.num_newest = 0
+        self.log_ratio = 0.0  # of the latest update's calibration answers
+
+    def state_dict(self) -> dict[str, Any]:
+        pool = self.pool if self.config.pairs == "aggregated" else []
+        stored = [[_stored(sequence) for sequence in group] for group in pool]
+        return {**super().state_dict(), "pool": stored, "log_ratio": self.log_ratio}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self.pool = [tuple(_restored(sequence) for sequence in group) for group in saved["pool"]]
+        self.log_ratio = saved["log_ratio"]
+
+    def draw_calibration(self) -> None:
+        """Have the reference answer all prompts that the run will use; before the first step."""
+        if self.config.calibration != "reference":
+            return
+        train = self.task.data.train
+        used = min(len(train), self.session.total_steps * self.config.prompts_per_step)
+        prompts = [train[row] for row in sorted(RowCursor(len(train), self.config.seed).take(used))]
+        tasks = [
+            Task(p.number, p.row, self.config.calibration_samples, row_seed(self.config.seed, CALIBRATION_SEED, place))
+            for place, p in enumerate(prompts)
+        ]
+
+        def draw() -> Answers:
+            with self.run.listening():
+                found = self.sampler.of_tasks(tasks, "calibration answers of the reference", judged=False)
+            return {
+                group.number: tuple(s for rollout in group.rollouts for s in token_sequences(rollout, {}))
+                for group in found.groups
+            }
+
+        rows = {prompt.number for prompt in prompts}
+        self.answers = drawn_once(self.run, self.learner, rows, draw, self.task.tokenizer.decode)
+
+    def stop_if_unbounded(self) -> None:
+        """End the run where the guard says so, with a checkpoint of the steps before."""
+        least = self.config.least_log_ratio
+        if self.config.below_least == "stop" and least is not None and self.log_ratio < least:
+            with self.session.before_updates():
+                raise RunFailedError(
+                    f"calibration answers have lost {-self.log_ratio:.1f} nats on average, more than least_log_ratio "
+                    f"{least:g} allows: the optimistic term has no lower bound. Lower alpha or the learning rate, set "
+                    "calibration_floor, or below_least: skip"
+                )
+
+    def label(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Make the round's pairs and put them into the pool; what came of it, as metrics."""
+        newest: list[Group] = []
+        ties = unanswered = 0
+        for group in groups:
+            found = labelled(group, self.config.pairing)
+            ties += found.ties
+            calibration = self.answers.get(group.number, ())
+            if self.config.calibration == "reference" and not calibration:
+                unanswered += len(found.pairs)
+                continue
+            newest += [(*token_sequences(c, {}), *token_sequences(r, {}), *calibration) for c, r in found.pairs]
+        scored = self.learner.logprobs(newest, of_reference=True)
+        newest = [with_reference(group, known) for group, known in zip(newest, scored, strict=True)]
+        self.pool = (self.pool if self.config.pairs == "aggregated" else []) + newest
+        self.num_newest = len(newest)
+        counts = {"pairs": len(newest), "pairs/ties": ties, "pairs/pool": len(self.pool)}
+        counts |= {"pairs/without_calibration": unanswered} if unanswered else {}
+        return {name: float(count) for name, count in counts.items()}
+
+    def improve(self, step: int) -> dict[str, float]:
+        """The round's updates; none where it has brought no pair. Means of their metrics."""
+        done: list[dict[str, float]] = []
+        size = min(self.config.pairs_per_update or self.num_newest, len(self.pool))
+        for number in range(self.config.updates_per_step if self.num_newest else 0):
+            alpha = self._alpha(step)
+            rows = rows_for_step(number, size, len(self.pool), row_seed(self.config.seed, step, 1))
+            objective = self._objective(alpha)
+            update = self.learner.update([self.pool[row] for row in rows], objective, advance_schedule=False)
+            self.log_ratio = update["calibration/log_ratio"]
+            done.append(update | {"alpha": alpha})
+        advance_schedule(self.learner)
+        self.policy_changed()
+        return means_of_updates(done, self.learner.learning_rate)
+
+    def _alpha(self, step: int) -> float:
+        least = self.config.least_log_ratio
+        if least is not None and self.log_ratio < least:
+            self.run.note(
+                f"calibration answers have lost more than {-least:g} nats on average: the optimistic term is left out "
+                "until they are likelier again (least_log_ratio; counted in the metric alpha)"
+            )
+            return 0.0
+        return alpha_of_round(self.config.alpha, step + 1, self.config.alpha_schedule)
+
+    def _objective(self, alpha: float) -> Any:
+        config = self.config
+        kind: Literal["samples", "pair"] = "samples" if config.calibration == "reference" else "pair"
+        return VPO(config.beta, alpha, "optimism", kind, config.calibration_floor).objective()
+
+
+def _stored(sequence: TokenSequence) -> dict[str, Any]:
+    """What the learner needs of a sequence, as a checkpoint can hold it."""
+    return {
+        "token_ids": torch.from_numpy(sequence.token_ids),
+        "scored": torch.from_numpy(sequence.scored),
+        "reference": torch.from_numpy(np.asarray(sequence.reference_logprobs, np.float32)),
+        "continues": sequence.continues,
+    }
+
+
+def _restored(stored: dict[str, Any]) -> TokenSequence:
+    return TokenSequence(
+        stored["token_ids"].numpy(),
+        stored["scored"].numpy(),
+        reference_logprobs=stored["reference"].numpy(),
+        continues=stored["continues"],
+    )
