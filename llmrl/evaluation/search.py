@@ -7,12 +7,14 @@ policy's likelihood is search by its implicit reward, kept to the reference:
     likelihood   sum_t log pi(y_t | x, y_<t)
     reward       sum_t log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)      (times beta)
 
-The second is the implicit reward alone. Tokens that neither model would ever say have ratios of any size, so there it
-chooses only among the `candidates` likeliest tokens of the policy at each state. Sums are not divided by lengths.
+The second is the implicit reward alone. Tokens that neither model would ever say have ratios of any size, and search
+finds those: it chooses only among tokens that are `plausible` to the policy, at least that share of its likeliest one
+(the constraint of contrastive decoding: Li et al., arXiv 2210.15097, Eq. 3). Sums are not divided by lengths.
 
 transformers' own beam search finds the same by likelihood (the tests compare), but takes no second model.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -49,9 +51,9 @@ NOTHING = Found([], 0.0, 0.0, ended=False)
 class BeamSearch:
     """Beam search with `policy` over the answers to several prompts at once; `width` beams a prompt, 1 is greedy.
 
-    reference: needed `by` reward; None is the policy with its adapters off. candidates: by reward, the likeliest tokens
-    of the policy among which a beam's next one is chosen (default: `width`). prompts_per_batch: of them `width` rows
-    each are under way at once.
+    reference: needed `by` reward; None is the policy with its adapters off. plausible: by reward, tokens whose pi is
+    below this share of the likeliest token's are not chosen; at 1 only the likeliest is, at 0 every token may be.
+    prompts_per_batch: of them `width` rows each are under way at once.
     """
 
     def __init__(
@@ -62,19 +64,18 @@ class BeamSearch:
         *,
         by: By = "likelihood",
         reference: nn.Module | None = None,
-        candidates: int | None = None,
+        plausible: float = 0.1,
         prompts_per_batch: int = 16,
     ) -> None:
         """Raises RefusedError for a width below 1, or `by` reward without a reference or an adapter to switch off."""
-        if width < 1 or (candidates is not None and candidates < 1):
-            raise RefusedError(f"width ({width}) and candidates ({candidates}) must be at least 1")
+        if width < 1 or not 0 <= plausible <= 1:
+            raise RefusedError(f"width ({width}) must be at least 1, and plausible ({plausible}) between 0 and 1")
         if by == "reward" and reference is None and not isinstance(policy, PeftModel):
             raise RefusedError("search by reward needs a reference, or a policy with an adapter to switch off")
         self.policy, self.reference, self.by, self.width = policy, reference, by, width
         self.stops = frozenset(stop_token_ids)
-        # Of this many continuations `width` go on, however many of them end; by likelihood no beam can need more.
-        self.continuations = width * (1 + len(self.stops))
-        self.candidates = self.continuations if by == "likelihood" else candidates or width
+        self.least = math.log(plausible) if plausible else -math.inf
+        self.continuations = width * (1 + len(self.stops))  # so many that `width` go on, however many of them end
         self.prompts_per_batch = prompts_per_batch
 
     def __call__(
@@ -132,14 +133,21 @@ class BeamSearch:
 
     def _continuations(self, beams: list[Found], logprobs: list[Tensor]) -> list[tuple[int, Found]]:
         """(the beam it continues, the continued one), best first; `logprobs` [beams, V] are those of each model."""
-        mine_BC, tokens_BC = logprobs[0].topk(min(self.candidates, logprobs[0].shape[-1]), dim=-1)
-        ratios_BC = mine_BC - logprobs[-1].gather(-1, tokens_BC)  # zeros by likelihood, where there is one model
-        gains_BC = mine_BC if self.by == "likelihood" else ratios_BC
+        mine_BV = gains_BV = logprobs[0]
+        if self.by == "reward":
+            is_plausible = mine_BV >= mine_BV.amax(-1, keepdim=True) + self.least
+            gains_BV = (mine_BV - logprobs[1]).where(is_plausible, -torch.inf)
+        # Of one beam no more than `continuations` can be among the best of all.
+        gains_BC, tokens_BC = gains_BV.topk(min(self.continuations, gains_BV.shape[-1]), dim=-1)
+        ratios_BC = gains_BC if self.by == "reward" else torch.zeros_like(gains_BC)
         before_B1 = torch.tensor([[self._score(beam)] for beam in beams], dtype=torch.float64)
         scores = (before_B1 + gains_BC.double().cpu()).flatten()
-        tokens, mine, ratios = (each.flatten().tolist() for each in (tokens_BC, mine_BC, ratios_BC))
+        of_all = (tokens_BC, mine_BV.gather(-1, tokens_BC), ratios_BC)
+        tokens, mine, ratios = (each.flatten().tolist() for each in of_all)
         found = []
         for at in scores.topk(min(self.continuations, len(scores))).indices.tolist():
+            if scores[at] == -torch.inf:
+                break
             parent = at // tokens_BC.shape[1]
             beam = beams[parent]
             further = Found([*beam.token_ids, tokens[at]], beam.logprob + mine[at], beam.log_ratio + ratios[at], False)

@@ -57,7 +57,7 @@ def test_a_wide_beam_finds_the_likeliest_of_all_answers(seed: int) -> None:
 def test_a_wide_beam_by_reward_finds_the_largest_ratio_of_all_answers(seed: int) -> None:
     policy, reference, prompt = few(seed), few(seed + 10), [1, 3]
     width = len(every_ended_answer())  # so that it goes on until all have ended
-    search = BeamSearch(policy, width, [STOP], by="reward", reference=reference, candidates=FEW)
+    search = BeamSearch(policy, width, [STOP], by="reward", reference=reference, plausible=0)
     (found,) = search([prompt], LONGEST)
 
     def ratio(answer: list[int]) -> float:
@@ -73,7 +73,7 @@ def test_a_wide_beam_by_reward_finds_the_largest_ratio_of_all_answers(seed: int)
 def test_width_1_is_greedy_decoding(by: str) -> None:
     model, engine = llama(), HuggingFaceEngine(llama(), Tokenizer())
     expected = engine.generate(PROMPTS, SamplingParams(12, temperature=0))
-    found = BeamSearch(model, 1, [STOP], by=by, reference=llama(seed=3))(PROMPTS, 12)  # type: ignore[arg-type]
+    found = BeamSearch(model, 1, [STOP], by=by, reference=llama(seed=3), plausible=1)(PROMPTS, 12)  # type: ignore[arg-type]
     assert [each.token_ids for each in found] == [completion.token_ids for (completion,) in expected]
     assert [each.logprob for each in found] == pytest.approx([sum(c.logprobs) for (c,) in expected], abs=1e-4)
 
@@ -107,12 +107,30 @@ def test_a_prompt_does_not_depend_on_its_company(by: str) -> None:
     assert [each.log_ratio for each in alone] == pytest.approx([each.log_ratio for each in together], abs=1e-4)
 
 
+def test_only_plausible_tokens_are_chosen_by_reward() -> None:
+    """Without the constraint the tokens found are such as the policy hardly ever says."""
+    policy = llama().eval()
+    least = {}
+    for plausible in (0.0, 0.3):
+        search = BeamSearch(policy, 3, [STOP], by="reward", reference=llama(seed=3), plausible=plausible)
+        shares = []
+        for prompt, found in zip(PROMPTS, search(PROMPTS, 8), strict=True):
+            with torch.no_grad():
+                logits = policy(torch.tensor([prompt + found.token_ids])).logits[0, len(prompt) - 1 : -1]
+            probabilities = logits.softmax(-1)
+            chosen = probabilities.gather(-1, torch.tensor(found.token_ids)[:, None])[:, 0]
+            shares += (chosen / probabilities.amax(-1)).tolist()
+        least[plausible] = min(shares)
+    assert least[0.0] < 0.03
+    assert least[0.3] >= 0.3 - 1e-4
+
+
 def test_the_adapter_off_is_a_reference() -> None:
     own = BeamSearch(with_lora(llama()), 3, [STOP], by="reward")(PROMPTS, 8)
     merged = with_lora(llama()).merge_and_unload()  # type: ignore[operator]
     two = BeamSearch(merged, 3, [STOP], by="reward", reference=llama())(PROMPTS, 8)
     assert [each.token_ids for each in own] == [each.token_ids for each in two]
-    assert all(each.log_ratio > 0 for each in own)
+    assert all(each.log_ratio != 0 for each in own)
     assert [each.log_ratio for each in own] == pytest.approx([each.log_ratio for each in two], abs=1e-3)
 
 
@@ -120,7 +138,7 @@ def test_the_adapter_off_is_a_reference() -> None:
     ("arguments", "says"),
     [
         ({"width": 0}, "width (0)"),
-        ({"width": 2, "candidates": 0}, "candidates (0)"),
+        ({"width": 2, "plausible": 1.5}, "plausible (1.5)"),
         ({"width": 2, "by": "reward"}, "search by reward needs a reference"),
     ],
 )
