@@ -37,8 +37,7 @@ def build_accelerator(mixed_precision: str = "no") -> Accelerator:
     """
     world_size, on_cpu = int(os.environ.get("WORLD_SIZE", "1")), not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if deepspeed and on_cpu:
-        _skip_shared_memory_op()
+    skip_shared_memory_op()
     handlers = []
     if world_size > 1:
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=COLLECTIVE_TIMEOUT))
@@ -56,12 +55,16 @@ def build_accelerator(mixed_precision: str = "no") -> Accelerator:
     return accelerator
 
 
-def _skip_shared_memory_op() -> None:
-    """Training over CPUs does not need DeepSpeed's compiled op, and a run killed while it builds leaves a lock behind
-    on which every later run hangs."""
-    import deepspeed
+def skip_shared_memory_op() -> None:
+    """Have DeepSpeed's processes on CPUs meet without an op that it would compile first; before they meet.
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    Training does not need it, building it takes minutes, and a run killed meanwhile leaves a lock behind on which every
+    later run hangs.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true" and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Backend(Protocol):

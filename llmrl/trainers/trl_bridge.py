@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from transformers.utils import logging
 
 from llmrl.config import ModelKeys, OptimizationKeys, RunKeys
+from llmrl.learner.sharding import skip_shared_memory_op
 from llmrl.runs import ranks
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def training_arguments(
 
     scratch: folder for what the trainer writes before it is published. `mixed_precision`: `no`, `bf16` or `fp16`.
     """
+    skip_shared_memory_op()
     on_cpu = not torch.cuda.is_available()
     return {
         "output_dir": scratch,

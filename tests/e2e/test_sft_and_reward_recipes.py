@@ -8,15 +8,8 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
-from support.recipe_run import (
-    final_weights,
-    interrupted,
-    kill_after_a_checkpoint,
-    launch,
-    make_model,
-    make_pairs,
-    metrics,
-)
+from support.forked import finish, interrupted, kill_after_a_checkpoint
+from support.recipe_run import final_weights, launch, make_model, make_pairs, metrics
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 pytestmark = pytest.mark.slow
@@ -43,15 +36,11 @@ def write_config(tmp: Path, recipe: str, **settings: Any) -> Path:
     return file
 
 
-def finish(recipe: str, *arguments: str, launcher: str = "cpu") -> None:
-    done = launch(recipe, launcher, *arguments)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 @pytest.mark.parametrize("recipe", ["sft", "reward"])
 def test_a_whole_run_learns_and_its_own_config_repeats_it(tmp_path: Path, recipe: str) -> None:
     config = write_config(tmp_path, recipe, eval_steps=5)
-    finish(recipe, "--config", str(config))
+    done = launch(recipe, "cpu", "--config", str(config))
+    assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "run"
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 11))
@@ -67,7 +56,7 @@ def test_a_whole_run_learns_and_its_own_config_repeats_it(tmp_path: Path, recipe
     kind.from_pretrained(run / "final")
     AutoTokenizer.from_pretrained(run / "final")
     # Evaluating more seldom must not change what is trained.
-    finish(recipe, "--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again"), "--eval_steps", "0")
+    finish(recipe, run / "config.yaml", "--output_dir", str(tmp_path / "again"), "--eval_steps", "0")
     assert final_weights(tmp_path / "again") == final_weights(run)
 
 
@@ -76,10 +65,10 @@ def test_a_whole_run_learns_and_its_own_config_repeats_it(tmp_path: Path, recipe
 )
 def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path, recipe: str, use_peft: bool) -> None:
     config = write_config(tmp_path, recipe, use_peft=use_peft, save_steps=2, max_steps=40, lora_dropout=0.1)
-    finish(recipe, "--config", str(config), "--output_dir", str(tmp_path / "reference"))
+    finish(recipe, config, "--output_dir", str(tmp_path / "reference"))
     kill_after_a_checkpoint(recipe, config, tmp_path / "run")
     assert not (tmp_path / "run" / "final").exists()
-    finish(recipe, "--config", str(config), "--resume_from_checkpoint", "latest")
+    finish(recipe, config, "--resume_from_checkpoint", "latest")
     assert final_weights(tmp_path / "run") == final_weights(tmp_path / "reference")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "reference")
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_38", "step_40"]
@@ -87,12 +76,11 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(tmp_path: Path, recipe
 
 def test_a_run_that_was_killed_after_its_last_step_only_finishes(tmp_path: Path) -> None:
     config = write_config(tmp_path, "sft")
-    finish("sft", "--config", str(config))
+    finish("sft", config)
     expected = final_weights(tmp_path / "run")
-    for name in ("summary.json", "report.html"):
-        (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / "summary.json").unlink()
     (tmp_path / "run" / "final").rename(tmp_path / "kept")
-    finish("sft", "--config", str(config), "--resume_from_checkpoint", "latest")
+    finish("sft", config, "--resume_from_checkpoint", "latest")
     assert final_weights(tmp_path / "run") == expected
     assert len(metrics(tmp_path / "run")) == 10
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
@@ -108,10 +96,13 @@ def test_a_signal_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("recipe", "launcher"), [("sft", "cpu_ddp"), ("sft", "cpu_zero3"), ("reward", "cpu_ddp")])
 def test_two_processes_follow_the_curve_of_one(tmp_path: Path, recipe: str, launcher: str) -> None:
-    """The same rows make a step however many processes share them, so the losses agree."""
+    """The same rows make a step however many processes share them, so the losses agree; and nothing is compiled."""
     config = write_config(tmp_path, recipe, max_steps=3, learning_rate=1e-3)
-    finish(recipe, "--config", str(config))
-    finish(recipe, "--config", str(config), "--output_dir", str(tmp_path / "two"), launcher=launcher)
+    finish(recipe, config)
+    extensions = tmp_path / "extensions"
+    where = {"TORCH_EXTENSIONS_DIR": str(extensions)}
+    finish(recipe, config, "--output_dir", str(tmp_path / "two"), launcher=launcher, environment=where)
+    assert not extensions.exists()
     alone, two = metrics(tmp_path / "run"), metrics(tmp_path / "two")
     assert [line["num_tokens"] for line in two] == [line["num_tokens"] for line in alone]
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in alone], abs=1e-4)
@@ -119,8 +110,8 @@ def test_two_processes_follow_the_curve_of_one(tmp_path: Path, recipe: str, laun
 
 def test_an_adapter_alone_or_merged_is_the_same_policy(tmp_path: Path) -> None:
     config = write_config(tmp_path, "sft", use_peft=True, lora_r=4)
-    finish("sft", "--config", str(config))
-    finish("sft", "--config", str(config), "--output_dir", str(tmp_path / "merged"), "--merge_adapter")
+    finish("sft", config)
+    finish("sft", config, "--output_dir", str(tmp_path / "merged"), "--merge_adapter")
     adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final").eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "final").eval()
     ids = torch.tensor([[7, 8, 9, 10, 11]])
@@ -135,10 +126,7 @@ def test_prompts_without_room_for_an_answer_are_refused_or_counted(tmp_path: Pat
     rows = tmp_path / "rows.jsonl"
     with rows.open("a") as file:
         file.write(json.dumps({"prompt": "red cat " * 40, "completion": " blue"}) + "\n")
-    refused = launch("sft", "cpu", "--config", str(config))
-    assert refused.returncode != 0
-    assert "no room for an answer" in refused.stderr
+    assert "no room for an answer" in finish("sft", config, code=2)
     assert not (tmp_path / "run").exists()
-    kept = launch("sft", "cpu", "--config", str(config), "--overlong_prompts", "drop")
-    assert kept.returncode == 0, kept.stderr[-2000:]
-    assert "rows dropped: their prompts leave no room" in kept.stdout
+    said = finish("sft", config, "--overlong_prompts", "drop")
+    assert "rows dropped: their prompts leave no room" in said

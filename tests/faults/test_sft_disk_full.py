@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.recipe_run import launch, make_model
+from support.forked import finish
+from support.recipe_run import make_model
 
 from llmrl.runs import checkpoints
 
@@ -27,10 +28,9 @@ def test_the_checkpoint_before_is_whole(tmp_path: Path, small_disk: Path) -> Non
         "save_total_limit": None,
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    failed = launch("sft", "cpu", "--config", str(tmp_path / "config.yaml"))
-    assert failed.returncode != 0
+    said = finish("sft", tmp_path / "config.yaml", code=1)
     intact = checkpoints.latest(small_disk / "run")
     assert intact is not None
-    assert f"{intact} is whole" in failed.stderr
-    assert "--resume_from_checkpoint latest" in failed.stderr
+    assert f"{intact} is whole" in said
+    assert "--resume_from_checkpoint latest" in said
     assert not (small_disk / "run" / "checkpoints" / ".trl").exists()

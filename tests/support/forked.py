@@ -7,17 +7,20 @@ launcher itself works is for tests of `recipe_run.launch`.
 
 import functools
 import importlib
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.recipe_run import ROOT, wait_for
+
 IMPORTED = [
     "llmrl.trainers.online", "llmrl.trainers.loop", "llmrl.trainers.ppo", "llmrl.trainers.offline",
     "transformers.models.llama.modeling_llama", "accelerate", "peft", "datasets", "deepspeed",
@@ -70,15 +73,23 @@ def begin_two_ranks(method: str, config: Path, *arguments: str, **options: Any) 
     ]
 
 
-def finish(method: str, config: Path, *arguments: str, launcher: str = "cpu", code: int = 0) -> str:
+def finish(
+    method: str,
+    config: Path,
+    *arguments: str,
+    launcher: str = "cpu",
+    code: int = 0,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run to the end as one of the project's launch files says; what was said.
 
     Fails unless every process ends with `code`.
     """
+    further = dict(environment or {})
     logs = [config.with_name(f"finished{rank}") for rank in range(1 if launcher == "cpu" else 2)]
     for log in logs:
         log.unlink(missing_ok=True)
-    ranks = [{}] if launcher == "cpu" else [own | launched(launcher) for own in two_ranks()]
+    ranks = [further] if launcher == "cpu" else [own | launched(launcher) | further for own in two_ranks()]
     processes = [
         begin(method, config, *arguments, log=log, environment=own) for log, own in zip(logs, ranks, strict=True)
     ]
@@ -86,6 +97,26 @@ def finish(method: str, config: Path, *arguments: str, launcher: str = "cpu", co
     said = "".join(log.read_text() for log in logs)
     assert codes == [code] * len(codes), (codes, said[-3000:])
     return said
+
+
+def kill_after_a_checkpoint(method: str, config: Path, run: Path, delay: float = 0.0) -> None:
+    """SIGKILL to a run, `delay` seconds after its first checkpoint."""
+    process = begin(method, config)
+    wait_for(lambda: any((run / "checkpoints").glob("step_*")), process.is_alive)
+    time.sleep(delay)
+    process.kill()
+    assert ended(process) in (-signal.SIGKILL, 0)  # on a fast machine it may have come to its end
+
+
+def interrupted(method: str, config: Path, run: Path) -> dict[str, Any]:
+    """The summary of a run that got SIGTERM on its way."""
+    process = begin(method, config)
+    log = run / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 1, process.is_alive)
+    process.terminate()
+    assert ended(process) == 75
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return summary
 
 
 def two_ranks() -> list[dict[str, str]]:

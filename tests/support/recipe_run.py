@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -80,44 +79,13 @@ def launch(recipe: str, launcher: str, *arguments: str, timeout: int = 500) -> "
     )  # fmt: skip
 
 
-def start(recipe: str, config: Path) -> "subprocess.Popen[bytes]":
-    """Begin a run, in a process group of its own."""
-    return subprocess.Popen(
-        launch_command(recipe, "cpu", "--config", str(config)), env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def wait_for(
-    happened: Callable[[], bool], process: "subprocess.Popen[bytes] | None" = None, seconds: float = 240
-) -> None:
-    """Until it has; fails if it does not, or if the process ends before."""
+def wait_for(happened: Callable[[], bool], works: Callable[[], bool] = lambda: True, seconds: float = 240) -> None:
+    """Until it has; fails if it does not, or if what it waits for does not work any more."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "it did not happen in time"
-        assert process is None or process.poll() is None, "the run ended before it happened"
+        assert works(), "the run ended before it happened"
         time.sleep(0.05)
-
-
-def kill_after_a_checkpoint(recipe: str, config: Path, run: Path, delay: float = 0.0) -> None:
-    """SIGKILL to a run and all its processes, `delay` seconds after its first checkpoint."""
-    process = start(recipe, config)
-    wait_for(lambda: any((run / "checkpoints").glob("step_*")), process)
-    time.sleep(delay)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def interrupted(recipe: str, config: Path, run: Path) -> dict[str, Any]:
-    """The summary of a run that got SIGTERM on its way."""
-    process = start(recipe, config)
-    log = run / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_text().count("\n") > 1, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
-    wait_for((run / "summary.json").exists)
-    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return summary
 
 
 def final_weights(run: Path) -> dict[str, bytes]:
