@@ -10,15 +10,15 @@ vocabulary by more than the head's own gradient and one chunk of logits.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import document
 import measuring
 from measuring import Meter
+from processes import in_own_process
 
 ROWS, HIDDEN = 1024, 512
 VOCABULARIES = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -31,25 +31,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="vocabularies of 4k and 32k only")
     parser.add_argument("--document", type=Path, default=document.DOCUMENT, help="where the table goes")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(**json.loads(arguments.measure))))
-        return
     rows = []
-    for vocabulary in (4096, 32768) if arguments.quick else VOCABULARIES:
-        for trainable in (False, True):
-            wanted = {"vocabulary": vocabulary, "trainable": trainable}
-            chunked, plain = (_in_own_process(wanted | {"chunked": chunked}) for chunked in (True, False))
-            check(chunked, plain, **wanted)
-            rows.append(_row(chunked, plain, **wanted))
-            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="llmrl_benchmark_") as scratch:
+        for vocabulary in (4096, 32768) if arguments.quick else VOCABULARIES:
+            for trainable in (False, True):
+                rows.append(_compared(vocabulary, trainable, Path(scratch)))
+                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     text = report(rows)
     document.write_section(arguments.document, "head_memory", text)
     print(text)
 
 
-def measure(vocabulary: int, trainable: bool, chunked: bool) -> dict[str, float]:
+def _compared(vocabulary: int, trainable: bool, folder: Path) -> list[str]:
+    wanted = {"vocabulary": vocabulary, "trainable": trainable}
+    chunked, plain = (
+        in_own_process("head_memory.py", wanted | {"chunked": chunked}, folder, threads=1) for chunked in (True, False)
+    )
+    check(chunked, plain, **wanted)
+    return _row(chunked, plain, **wanted)
+
+
+def measure(specification: Path, result: Path) -> None:
+    result.write_text(json.dumps(peak(**json.loads(specification.read_text()))))
+
+
+def peak(vocabulary: int, trainable: bool, chunked: bool) -> dict[str, float]:
     """Extra megabytes of one forward and backward in this process, and figures that must not depend on the way."""
     import torch
 
@@ -79,16 +86,6 @@ def _pass(layer: Any, hidden: Any, targets: Any, upstream: Any, chunked: bool, r
     logprobs = layer(hidden, targets)[0] if full is None else full.gather(1, targets[:, None])[:, 0]
     (logprobs * upstream).sum().backward()
     return logprobs.detach()
-
-
-def _in_own_process(wanted: dict[str, Any]) -> dict[str, float]:
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--measure", json.dumps(wanted)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if process.returncode != 0:
-        sys.exit(f"{wanted}: exit code {process.returncode}\n{process.stderr}")
-    return dict(json.loads(process.stdout))
 
 
 def _gradient_mb(vocabulary: int, trainable: bool) -> float:
@@ -142,4 +139,7 @@ def report(rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3 and sys.argv[1].endswith(".json"):
+        measure(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        main()

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.benchmark_run import run_benchmark
+from support.recipe_run import ROOT
 
 
 def run(script: str, *arguments: str) -> None:
+    """As a person does."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stderr
@@ -25,9 +26,9 @@ def table_rows(document: Path, first_cell: str) -> list[list[str]]:
 def test_dpo_vs_trl_smallest_cell(tmp_path: Path) -> None:
     document, measurements = tmp_path / "benchmarks.md", tmp_path / "measurements.json"
     document.write_text("# Kept\n")
-    run(
+    run_benchmark(
         "dpo_vs_trl.py", "--quick", "--cells", "ragged", "--threads", "1",
-        "--document", str(document), "--measurements", str(measurements),
+        "--document", str(document), "--measurements", str(measurements), log=tmp_path / "log",
     )  # fmt: skip
     (cell,) = json.loads(measurements.read_text())
     (one,) = json.loads(measurements.read_text())[cell]
@@ -45,7 +46,7 @@ def test_dpo_vs_trl_smallest_cell(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_head_memory_quick(tmp_path: Path) -> None:
     document = tmp_path / "benchmarks.md"
-    run("head_memory.py", "--quick", "--document", str(document))
+    run_benchmark("head_memory.py", "--quick", "--document", str(document), log=tmp_path / "log")
     rows = table_rows(document, "4k") + table_rows(document, "32k")
     assert [row[0] for row in rows] == ["4k, frozen", "4k, trainable", "32k, frozen", "32k, trainable"]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.test_benchmarks import ROOT, run, table_rows
+from benchmarks.test_benchmarks import run, table_rows
+from support.recipe_run import ROOT
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.test_benchmarks import ROOT, run, table_rows
+from benchmarks.test_benchmarks import run, table_rows
+from support.benchmark_run import run_benchmark
+from support.recipe_run import ROOT
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def test_rl_step_quick(tmp_path: Path) -> None:
     """TRL's own update of the same rollouts has the same loss and gradient, before and after an optimizer step."""
     document, measurements = tmp_path / "benchmarks.md", tmp_path / "measurements.json"
     where = ["--document", str(document), "--measurements", str(measurements)]
-    run("rl_step.py", "--quick", "--threads", "1", *where)
+    run_benchmark("rl_step.py", "--quick", "--threads", "1", *where, log=tmp_path / "log")
     done = json.loads(measurements.read_text())
     update, whole = (next(found for name, found in done.items() if name.startswith(k)) for k in ("update", "grpo"))
     for toolkit in ("trl", "trl_selecting"):
@@ -38,7 +40,7 @@ def test_rl_step_quick(tmp_path: Path) -> None:
 def test_loop_memory_quick(tmp_path: Path) -> None:
     """All ways learn from the same number of tokens, or it fails; LOOP's step needs no second model."""
     document = tmp_path / "benchmarks.md"
-    run("loop_memory.py", "--quick", "--threads", "1", "--document", str(document))
+    run_benchmark("loop_memory.py", "--quick", "--threads", "1", "--document", str(document), log=tmp_path / "log")
     rows = table_rows(document, "tiny")
     assert [row[0] for row in rows] == ["tiny, full", "tiny, LoRA"]
     assert all(float(cell) > 0 for row in rows for cell in row[1:])
