@@ -30,7 +30,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def command() -> str:
     """The command line that was run, without where its files went."""
     words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-    for option in ("--document", "--measurements"):
+    for option in ("--document", "--measurements", "--folder", "--picture"):
         if option in words:
             at = words.index(option)
             del words[at : at + 2]
