@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from llmrl.data.scored import ScoredData
+    from llmrl.learner.learner import Learner
     from llmrl.learner.sequences import Group
     from llmrl.runs import Run
 
@@ -43,6 +44,8 @@ class BRAInOfflineConfig(OfflineKeys, BRAInKeys):
 
 
 Config = BRAInOfflineConfig
+MOST_GAP = 0.5
+"""Nats an answer by which two engines hardly ever differ on the same model, even in half precision."""
 REMEDY = "Raise beta, or use `brain`, which draws new samples as the policy moves"
 
 
@@ -79,6 +82,8 @@ def train(
     tokenizer, data = _data(config, run.note, dataset)
     offline = OfflineRun(config, run, tokenizer, data, config.prompts_per_step, "prompts", callbacks=callbacks)
     offline.prepare(samples, {"brain": partial(heldout_metrics, brain=brain)})
+    if config.proposal == "prior":
+        _say_if_another_sampled(offline.groups(0), offline.learner, run.note)
     for step in offline.session.steps():
         metrics = improve(offline.learner, brain, offline.groups(step))
         watch(metrics)
@@ -104,6 +109,26 @@ def samples(row: dict[str, Any]) -> "Group":
         )
         for sequence, reward, logprobs in zip(group, row["rewards"], drawn, strict=True)
     )
+
+
+def _say_if_another_sampled(groups: "list[Group]", learner: "Learner", say: Callable[[str], None]) -> None:
+    """The samples of some prompts are scored by the model that training begins with, where the data says what they were
+    drawn with: by another model or another temperature they are no samples of the prior."""
+    import numpy as np
+
+    scored = learner.logprobs(groups)
+    gaps = [
+        abs(float(np.sum(found - piece.behaviour_logprobs)))
+        for group, known in zip(groups, scored, strict=True)
+        for piece, found in zip(group, known, strict=True)
+        if piece.behaviour_logprobs is not None
+    ]
+    if gaps and (gap := float(np.mean(gaps))) > MOST_GAP:
+        say(
+            "proposal prior, but the log-probabilities that the model gives the first samples are not those that they "
+            f"were drawn with, by {gap:.3g} nats an answer: they are another model's, or of another temperature. Use "
+            "proposal behaviour"
+        )
 
 
 def _data(

@@ -178,10 +178,12 @@ def test_offline_the_divergence_falls_and_the_expected_reward_rises(tmp_path: Pa
     assert {"brain/kl", "brain/left_out", "brain/prior_log_ratio", "reward"} <= line.keys()
 
 
-def test_offline_with_the_files_own_proposal(tmp_path: Path) -> None:
-    """The prior gives these samples much less than their sum of -10, and others more: the weights see it."""
+def test_offline_with_the_files_own_proposal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The prior gives these samples other probabilities than the file's: the weights see it, and it is said."""
     assert run(brain_offline, write_offline(tmp_path, max_steps=1, proposal="behaviour")) == 0
+    assert "they are another model's" not in capsys.readouterr().out
     assert run(brain_offline, write_offline(tmp_path, "prior", max_steps=1)) == 0
+    assert "they are another model's, or of another temperature" in capsys.readouterr().out
     first, other = metrics(tmp_path / "offline")[0], metrics(tmp_path / "prior")[0]
     assert first["brain/ess"] != pytest.approx(other["brain/ess"], rel=1e-3)
 
@@ -261,6 +263,13 @@ def test_the_first_update_of_a_first_step_is_on_the_prior(tmp_path: Path, monkey
     assert len(seen) == 4
     assert seen[0]["brain/prior_log_ratio"] == pytest.approx(0, abs=1e-5)
     assert abs(seen[-1]["brain/prior_log_ratio"]) > 1e-4
+
+
+def test_a_reward_model_without_a_scalar_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model(tmp_path / "model")
+    assert run(brain, write_iterated(tmp_path, rewards=[str(tmp_path / "model")])) == 2
+    assert "is no reward model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
