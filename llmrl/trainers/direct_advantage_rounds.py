@@ -50,7 +50,7 @@ from llmrl.trainers.sampled_run import SampledRun
 from llmrl.trainers.stage_files import Line, StageFolder, Tallies, by_the_first
 
 STATES_AT_ONCE = 1024
-"""States whose completions are under way together; the rollouts of more would only fill memory."""
+"""States whose completions are sampled together and then written down: what a kill may cost, and what memory holds."""
 SAID = ("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio")
 """What of the answers' metrics is logged with every step of their round."""
 
@@ -158,16 +158,17 @@ class _Stages:
         states = self.folder.lines("states.jsonl", self.states)
         rows = {prompt.number: prompt.row for prompt in self.sampled.task.data.train}
         tasks = tasks_from(states, rows, self.config, self.number)
-        lines: list[Line] = []
-        for first in range(0, len(tasks), STATES_AT_ONCE):
-            what = f"completions of round {self.number + 1}, states {first + 1} to "
-            part = tasks[first : first + STATES_AT_ONCE]
-            found = self.sampled.sampler.of_tasks(part, f"{what}{first + len(part)} of {len(tasks)}")
+
+        def part(first: int) -> list[Line]:
+            asked = tasks[first : first + STATES_AT_ONCE]
+            what = f"completions of round {self.number + 1}, states {first + 1} to {first + len(asked)} of {len(tasks)}"
             made = [
                 completion_line(states[first + group.place], group, self.config.success_threshold, self.decode)
-                for group in found.groups
+                for group in self.sampled.sampler.of_tasks(asked, what).groups
             ]
-            lines += [line for line in made if line is not None]
+            return [line for line in made if line is not None]
+
+        lines = self.folder.parts("completions.jsonl", range(0, len(tasks), STATES_AT_ONCE), part)
         if len(lines) < len(states):
             self.run.note(
                 f"round {self.number + 1}: {len(states) - len(lines)} states without completions are left out"

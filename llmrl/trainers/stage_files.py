@@ -8,8 +8,9 @@ Invariants
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,6 +84,13 @@ class StageFolder:
             by_the_first(self.accelerator, lambda: self._write(name, made, counts))
         return by_the_first(self.accelerator, lambda: self._read(name))
 
+    def parts(self, name: str, firsts: Iterable[int], make: Callable[[int], list[Line]]) -> list[Line]:
+        """Lines for `lines` of this name, made part by part; what was made before a kill is taken as it is."""
+        found: list[Line] = []
+        for first in firsts:
+            found += self.lines(f".{name}.{first}", partial(_without_counts, make, first))
+        return found
+
     def folder(self, name: str, make: Callable[[Path], Tallies]) -> Path:
         """The stage's folder, made if it is not there: `make` fills the one that it is given, on all ranks."""
         if name not in self.tallies():
@@ -108,10 +116,14 @@ class StageFolder:
         with self._writing(name):
             write_text(self.path / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             self._note(name, counts)
+            for part in self.path.glob(f".{name}.*"):
+                part.unlink()
 
     def _note(self, name: str, counts: Tallies) -> None:
+        """The stage is done, and its parts are no longer needed."""
         stored = read_json(self.path / NOTES, {})
-        write_json(self.path / NOTES, {**stored, "stages": {**stored["stages"], name: counts}})
+        stages = {other: its for other, its in stored["stages"].items() if not other.startswith(f".{name}.")}
+        write_json(self.path / NOTES, {**stored, "stages": {**stages, name: counts}})
 
     def _read(self, name: str) -> list[Line]:
         try:
@@ -131,3 +143,7 @@ class StageFolder:
             root = self.run.directory
             failure = as_disk_failure(error, root, f"{self.path.name}/{what}", checkpoints.latest(root))
             raise failure or RunFailedError(str(error)) from error
+
+
+def _without_counts(make: Callable[[int], list[Line]], first: int) -> tuple[list[Line], Tallies]:
+    return make(first), {}

@@ -23,7 +23,7 @@ from llmrl.learner.loading import load_model
 from llmrl.objectives.direct_advantage import DirectAdvantage
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.runs.launch import run_command
-from llmrl.trainers import direct_advantage, stage_files
+from llmrl.trainers import direct_advantage, direct_advantage_rounds, stage_files
 from llmrl.trainers import direct_advantage_critic as critics
 from llmrl.trainers import direct_advantage_stages as stages
 from llmrl.trainers.direct_advantage import DirectAdvantageConfig
@@ -361,6 +361,7 @@ def deadly(work: Callable[..., Any], number: int) -> Callable[..., Any]:
 def test_a_run_and_its_files_and_the_same_run_killed_after_every_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(direct_advantage_rounds, "STATES_AT_ONCE", 5)  # completions in a few parts
     file = write_config(tmp_path, save_steps=1)
     assert run(file, "--output_dir", str(tmp_path / "whole")) == 0
     for number in (1, 2):
@@ -376,13 +377,17 @@ def test_a_run_and_its_files_and_the_same_run_killed_after_every_stage(
 
     kept: dict[Path, int] = {}
     resume = ("--resume_from_checkpoint", "latest")
-    for stage in range(8):  # every attempt does one stage more, and finds those before it
+    attempt = 0
+    while len(kept) < 8:  # each attempt does one stage more, or a part of one, and finds those before it
         with monkeypatch.context() as patched:
             patched.setattr(stage_files.StageFolder, "_note", deadly(stage_files.StageFolder._note, 1))
             with pytest.raises(KilledError):
-                run(file, *(resume if stage else ()))
-        done = tmp_path / "run" / "rounds" / f"round_{stage // 4 + 1}" / WHOLE[stage % 4]
-        kept[done] = done.stat().st_mtime_ns
+                run(file, *(resume if attempt else ()))
+        for name in WHOLE:
+            for done in (tmp_path / "run" / "rounds").glob(f"*/{name}"):
+                kept.setdefault(done, done.stat().st_mtime_ns)
+        attempt += 1
+    assert attempt > 8 + 2  # completions in parts
     with monkeypatch.context() as patched:  # within the second round's updates
         patched.setattr(Learner, "update", deadly(Learner.update, 1))
         with pytest.raises(KilledError):
