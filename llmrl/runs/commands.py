@@ -13,10 +13,11 @@ from rich.console import Console
 from llmrl.runs.files import read_json
 
 
-def launch(root: Path, method: str, config: Path, *arguments: str) -> list[str]:
-    """The words after `python` of a recipe's command, on this machine's CPU; `root` is the checkout."""
+def launch(root: Path, script: str, config: Path, *arguments: str) -> list[str]:
+    """The words after `python` of a recipe's command, on this machine's CPU; `root` is the checkout, `script` such as
+    dpo/run.py."""
     words = ["-m", "accelerate.commands.launch", "--config_file", str(root / "launch/accelerate/cpu.yaml")]
-    return [*words, str(root / f"recipes/{method}/run.py"), "--config", str(config), *arguments]
+    return [*words, str(root / "recipes" / script), "--config", str(config), *arguments]
 
 
 def is_done(output_dir: Path) -> bool:

@@ -111,7 +111,7 @@ def recipe(console: Console, title: str, method: str, preset: str, out: Path, *c
         console.print(f"{title}: done before, in {out}")
         return
     arguments = ["--output_dir", str(out), "--resume_from_checkpoint", "latest", *changes]
-    run_shown(console, title, launch(ROOT, method, HERE / f"{preset}_{method}.yaml", *arguments), ROOT)
+    run_shown(console, title, launch(ROOT, f"{method}/run.py", HERE / f"{preset}_{method}.yaml", *arguments), ROOT)
 
 
 def conclude(console: Console, out: Path, sft: Path, dpo: Path, seconds: float) -> int:

@@ -1,0 +1,212 @@
+"""The offline methods side by side: one model, the same samples of it, as many updates of as many completions, several
+seeds; one table and one picture at the end.
+
+    python recipes/compare/run.py [--methods dpo brain ...] [--seeds 0 1 2] [--output_dir DIR]
+
+For each seed the model answers the prompts (sample.py), the answers are turned into what each method takes, and every
+method is trained by its own recipe's command. Given again, it goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import figure
+from rich.console import Console
+from rich.table import Table
+
+from llmrl.data.scored_rows import best_of_n, right_and_wrong
+from llmrl.evaluation.intervals import student_interval
+from llmrl.runs.commands import is_done, launch, run_shown
+from llmrl.runs.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+SAMPLES_PER_PROMPT, COMPLETIONS_PER_STEP, PAIRS_PER_PROMPT = 8, 64, 2
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe in the comparison. script, config: below recipes/. data: which form of the samples it takes, None where
+    it samples by itself. arguments: a step of `COMPLETIONS_PER_STEP` completions, and what else is not as in config."""
+
+    label: str
+    script: str
+    config: str
+    data: str | None
+    arguments: tuple[str, ...] = ()
+
+
+PAIRS = str(COMPLETIONS_PER_STEP // 2)
+METHODS = {
+    "sft_best": Method(
+        "SFT on the best", "sft/run.py", "sft/tiny.yaml", "best",
+        ("--sequences_per_step", str(COMPLETIONS_PER_STEP), "--learning_rate", "3e-4"),
+    ),
+    "dpo": Method("DPO", "dpo/run.py", "dpo/tiny.yaml", "pairs", ("--pairs_per_step", PAIRS)),
+    "vpo": Method("VPO", "vpo/run.py", "vpo/tiny.yaml", "pairs", ("--pairs_per_step", PAIRS)),
+    "cpl": Method("CPL", "cpl/run.py", "cpl/tiny.yaml", "pairs", ("--comparisons_per_step", PAIRS)),
+    "brain": Method(
+        "BRAIn", "brain/run_offline.py", "brain/offline.yaml", "scored",
+        ("--prompts_per_step", str(COMPLETIONS_PER_STEP // SAMPLES_PER_PROMPT)),
+    ),
+    # It needs completions from within answers: about as many sampled tokens as the others' answers, of fewer prompts.
+    "direct_advantage": Method(
+        "Direct Advantage", "direct_advantage/run.py", "direct_advantage/tiny.yaml", None,
+        ("--rounds", "1", "--prompts_per_step", "256", "--kept_per_prompt", "2", "--completions_per_state", "6",
+         "--states_per_step", "16", "--max_completion_length", "64"),
+    ),
+}  # fmt: skip
+FORMS: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "scored": lambda row: [row],
+    "pairs": lambda row: right_and_wrong(row, PAIRS_PER_PROMPT),
+    "best": lambda row: best_of_n(row, right_above=0.5),
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    args = parsed(words)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    console, out = Console(), args.output_dir
+    out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, Any]] = {}
+    for seed in args.seeds:
+        folder = out / f"seed_{seed}"
+        shared_samples(console, args, folder, seed)
+        for name in args.methods:
+            results[f"{name} {seed}"] = trained(console, args, METHODS[name], folder, seed)
+            write_json(out / "results.json", results)
+            conclude(console, args, results)
+    return 0
+
+
+def parsed(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default="starter")
+    parser.add_argument("--problems", default="data/arithmetic/problems", help="with the splits train and validation")
+    parser.add_argument("--rewards", nargs="+", default=["correct_number"])
+    parser.add_argument("--max_prompts", type=int, default=1000)
+    parser.add_argument("--heldout", type=int, default=400, help="held-out problems that are answered greedily")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each method")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "compare")
+    args = parser.parse_args(words)
+    if len(args.seeds) > 10 or len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {args.seeds}: one to ten different ones")
+    args.output_dir = args.output_dir.resolve()
+    return args
+
+
+# -- one seed ----------------------------------------------------------------------------------------------------
+
+
+def shared_samples(console: Console, args: argparse.Namespace, folder: Path, seed: int) -> None:
+    """The samples that all methods learn from, in each form that one of them takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = folder / "scored.jsonl"
+    if not samples.exists():
+        words = [
+            str(HERE / "sample.py"), "--model", args.model, "--prompts", args.problems, "--seed", str(seed),
+            "--max_prompts", str(args.max_prompts), "--samples_per_prompt", str(SAMPLES_PER_PROMPT),
+            "--output", str(samples), "--rewards", *args.rewards,
+        ]  # fmt: skip
+        run_shown(console, f"seed {seed}: {SAMPLES_PER_PROMPT} samples of each prompt", words, ROOT)
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    for name in FORMS:
+        file = folder / f"{name}.jsonl"
+        if file.exists():
+            continue
+        made = [each for row in rows for each in FORMS[name](row)]
+        if not made:
+            sys.exit(f"{samples} gives no {name}: no prompt has both right and wrong answers, or none is right")
+        pending = file.with_name(f".tmp_{file.name}")
+        pending.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
+        pending.replace(file)
+        console.print(f"{file}: {len(made)} rows")
+
+
+def trained(console: Console, args: argparse.Namespace, method: Method, folder: Path, seed: int) -> dict[str, Any]:
+    """One method's run with this seed, made or found done: its accuracies, steps, tokens and seconds."""
+    out = folder / method.label.lower().replace(" ", "_")
+    if not is_done(out):
+        run_shown(console, f"seed {seed}: {method.label}", command(args, method, folder, out, seed), ROOT)
+    summary = read_json(out / "summary.json", {})
+    return {
+        "before": summary["eval_before"]["task"]["accuracy"],
+        "after": summary["eval_after"]["task"]["accuracy"],
+        "steps": summary["steps"],
+        "num_tokens": summary["num_tokens"],
+        "seconds": summary["seconds"],
+    }
+
+
+def command(args: argparse.Namespace, method: Method, folder: Path, out: Path, seed: int) -> list[str]:
+    if method.data is None:
+        data = ["--dataset_name", args.problems, "--rewards", json.dumps(args.rewards)]
+    else:
+        data = ["--dataset_name", str(folder / f"{method.data}.jsonl")]
+    judged = {"dataset_name": args.problems, "dataset_test_split": "validation", "limit": args.heldout}
+    return launch(
+        ROOT, method.script, ROOT / "recipes" / method.config, "--model_name_or_path", args.model,
+        "--output_dir", str(out), "--resume_from_checkpoint", "latest", "--seed", str(seed),
+        "--max_steps", str(args.steps), "--eval_rows", "0", *data, *method.arguments,
+        *(word for key, value in judged.items() for word in (f"--task_evaluation.{key}", str(value))),
+    )  # fmt: skip
+
+
+# -- the end -----------------------------------------------------------------------------------------------------
+
+
+def conclude(console: Console, args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    """The table and the picture of what is done so far; shown once all of it is."""
+    found = {name: [results[key] for key in results if key.rsplit(" ", 1)[0] == name] for name in args.methods}
+    found = {name: runs for name, runs in found.items() if runs}
+    start = next(iter(found.values()))[0]["before"]
+    lines = list(rows_of(found))
+    text = "\n".join(["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)])
+    text += "".join("\n| " + " | ".join(line) + " |" for line in lines) + "\n"
+    (args.output_dir / "table.md").write_text(text, encoding="utf-8")
+    labels = {METHODS[name].label: [run["after"] for run in runs] for name, runs in found.items()}
+    title = f"{Path(args.model).name} on {args.problems}: {args.steps} updates of {COMPLETIONS_PER_STEP} completions"
+    figure.draw(args.output_dir / "comparison.png", labels, start, title)
+    if len(results) < len(args.methods) * len(args.seeds):
+        return
+    table = Table(*HEADER)
+    for line in lines:
+        table.add_row(*line)
+    console.rule("[bold]held-out problems, answered greedily")
+    console.print(f"start: {start:.1%} of {args.heldout}")
+    console.print(table)
+    console.print(f"table: {args.output_dir / 'table.md'}\npicture: {args.output_dir / 'comparison.png'}")
+
+
+HEADER = ["method", "after, by seed", "mean [95% interval]", "gain over the start", "updates", "tokens trained on", "s"]
+
+
+def rows_of(found: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
+    """A line of the table for each method, in the order in which they were run."""
+    for name, runs in found.items():
+        after = [run["after"] for run in runs]
+        mean, low, high = student_interval(after)
+        around = "" if low != low else f" [{low:.1%}, {min(high, 1.0):.1%}]"
+        gain = mean - runs[0]["before"]
+        yield [
+            METHODS[name].label,
+            ", ".join(f"{each:.1%}" for each in after),
+            f"{mean:.1%}{around}",
+            f"{100 * gain:+.1f} points",
+            str(runs[0]["steps"]),
+            f"{sum(run['num_tokens'] for run in runs) / len(runs):,.0f}",
+            f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+        ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
