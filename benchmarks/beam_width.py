@@ -26,6 +26,8 @@ WIDTHS = (1, 2, 5, 10)
 BY = {"likelihood": "likelihood", "reward": "implicit reward"}
 PROBLEMS = {"starter": 400, "smollm2": 50}
 MAX_NEW_TOKENS = 80
+ROWS = 640
+"""Beams under way at once."""
 Measurements = dict[str, dict[str, Any]]
 
 
@@ -96,8 +98,13 @@ class Study:
         implicit, load, began = self.model.implicit, os.getloadavg()[0], time.perf_counter()
         reference = None if implicit.reference is None else implicit.reference.causal_lm
         search = BeamSearch(
-            implicit.policy.causal_lm, width, self.model.encoder.stop_ids, by=by, reference=reference
-        )  # fmt: skip
+            implicit.policy.causal_lm,
+            width,
+            self.model.encoder.stop_ids,
+            by=by,
+            reference=reference,
+            prompts_per_batch=max(1, ROWS // width),
+        )
         prompts = [problem["prompt_ids"] for problem in self.problems]
         found = search(prompts, MAX_NEW_TOKENS, Ticker(self.say, f"{label(self.name, by, width)}: problems answered"))
         seconds = time.perf_counter() - began
