@@ -1,0 +1,166 @@
+"""Online VPO: how samples become pairs, and whole runs of a tiny model: optimism, its guard, resumed bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from support.online_run import write_online_config
+from support.recipe_run import final_weights, metrics
+
+import llmrl.runs.report
+from llmrl.config.parse import parse
+from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
+from llmrl.runs import checkpoints
+from llmrl.runs.launch import run_command
+from llmrl.trainers import vpo_online
+from llmrl.trainers.calibration import FILE, read_answers
+from llmrl.trainers.vpo_rounds import labelled
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing one takes longer than these runs."""
+    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
+
+
+def run(tmp: Path, *arguments: str, code: int = 0, **settings: Any) -> Path:
+    """A run; its directory."""
+    base = {"samples_per_prompt": 2, "prompts_per_step": 8, "updates_per_step": 2, "eval_rows": 0}
+    output = str(tmp / settings.pop("name", "run"))
+    config = write_online_config(tmp, **{**base, **settings}, output_dir=output)
+    words = ["--config", str(config), *arguments]
+    assert run_command(vpo_online.Config, vpo_online.describe, vpo_online.train, words) == code
+    return Path(output)
+
+
+def rollout(ids: list[int], reward: float | None, penalty: float = 0.0) -> Rollout:
+    turn = Turn(0, 2, 2 + len(ids), [-1.0] * len(ids), "stop", 0)
+    return Rollout(1, 0, 0, [[1, 2, *ids]], [turn], [], 0, "completed", reward=reward, penalty=penalty)
+
+
+@pytest.mark.parametrize(
+    ("scores", "pairing", "expected", "ties"),
+    [
+        ([0.0, 1.0], "in_order", [(1, 0)], 0),
+        ([1.0, 1.0], "in_order", [], 1),
+        ([1.0, None], "in_order", [], 0),
+        ([1.0, 0.0, 0.5, 0.75], "in_order", [(0, 1), (3, 2)], 0),
+        ([0.5, None, 0.5, 0.25, 1.0], "in_order", [(4, 3)], 1),  # the last two stand beside each other, the first tie
+        ([0.5, 1.0, 0.0, 0.75], "best_worst", [(1, 2)], 0),
+        ([0.5, 0.5, 0.5], "best_worst", [], 1),
+        ([0.5], "best_worst", [], 0),
+    ],
+)
+def test_the_better_of_two_samples_is_chosen_and_ties_are_counted(
+    scores: list[float | None], pairing: Literal["in_order", "best_worst"], expected: list[tuple[int, int]], ties: int
+) -> None:
+    rollouts = [rollout([10 + i, 3], score) for i, score in enumerate(scores)]
+    found = labelled(RolloutGroup(1, {}, rollouts), pairing)
+    assert [(rollouts.index(c), rollouts.index(r)) for c, r in found.pairs] == expected
+    assert found.ties == ties
+
+
+def test_equal_answers_are_a_tie_and_a_penalty_counts() -> None:
+    said_twice = [rollout([5, 3], 1.0), rollout([5, 3], 0.0)]
+    assert labelled(RolloutGroup(1, {}, said_twice), "in_order") == ([], 1)
+    long = [rollout([5, 3], 1.0, penalty=-0.5), rollout([6, 3], 0.75)]
+    assert labelled(RolloutGroup(1, {}, long), "in_order").pairs == [(long[1], long[0])]
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """The pairs of earlier rounds and the guard's reading are in the checkpoint, calibration answers in the run."""
+    settings = {
+        "pairs": "aggregated", "pairs_per_update": 6, "alpha": 0.3, "alpha_schedule": "inverse_sqrt", "max_steps": 4,
+        "save_steps": 2, "calibration_samples": 2,
+    }  # fmt: skip
+    whole = run(tmp_path, **settings)
+    lines, weights = metrics(whole), final_weights(whole)
+    assert [line["alpha"] for line in lines] == pytest.approx([0.3, 0.3 / 2**0.5, 0.3 / 3**0.5, 0.15])
+    sizes = [line["pairs"] for line in lines]
+    assert [line["pairs/pool"] for line in lines] == [sum(sizes[: i + 1]) for i in range(4)]
+    assert all(line["pairs"] + line["pairs/ties"] == 8 for line in lines)
+    answers = read_answers(whole / FILE)
+    assert len(answers) == 32
+    assert {len(group) for group in answers.values()} == {2}
+
+    run(tmp_path, "--resume_from_checkpoint", str(whole / "checkpoints" / "step_2"), **settings)
+    assert final_weights(whole) == weights
+    timing = {"rollout_seconds", "sampled_tokens_per_second", "rewards/paid/seconds"}
+    kept = [[{k: v for k, v in line.items() if k not in timing} for line in each] for each in (metrics(whole), lines)]
+    assert kept[0] == kept[1]
+
+
+def test_the_guard_leaves_the_unbounded_term_out_or_ends_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"alpha": 30.0, "learning_rate": 3e-3, "max_steps": 3, "least_log_ratio": -0.5}
+    skipping = metrics(run(tmp_path, name="skip", **settings))
+    unguarded = metrics(run(tmp_path, name="free", **{**settings, "least_log_ratio": None}))
+    assert unguarded[-1]["calibration/log_ratio"] < -2.0  # optimism pushes them down, without end
+    assert skipping[0]["alpha"] == unguarded[0]["alpha"] == 30.0
+    assert skipping[-1]["alpha"] < 30.0
+    assert skipping[-1]["calibration/log_ratio"] > unguarded[-1]["calibration/log_ratio"]
+    assert "optimistic term is left out" in (tmp_path / "skip" / "notes.log").read_text()
+
+    capsys.readouterr()
+    stopped = run(tmp_path, name="stop", below_least="stop", code=1, **settings)
+    assert "no lower bound" in capsys.readouterr().err
+    done = metrics(stopped)[-1]["step"]
+    assert done < 3
+    newest = checkpoints.latest(stopped)
+    assert newest is not None
+    assert newest.name == f"step_{done}"
+
+
+def test_a_round_of_ties_teaches_nothing_and_calibration_is_judged_by_nobody(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    (tmp_path / "reward.py").write_text(
+        f"""
+def paid(completions, **columns):
+    with open({str(calls)!r}, "a") as file:
+        file.write(f"{{len(completions)}}\\n")
+    return [1.0] * len(completions)
+"""
+    )
+    folder = run(tmp_path, max_steps=2, calibration="reference")
+    for line in metrics(folder):
+        assert (line["pairs"], line["pairs/ties"], line["updates"], line["loss"]) == (0, 8, 0, 0)
+    assert sum(map(int, calls.read_text().split())) == 2 * 8 * 2  # the rollouts of two steps and no others
+
+
+def test_both_needs_no_samples_of_the_reference(tmp_path: Path) -> None:
+    folder = run(tmp_path, calibration="both", max_steps=1, alpha=0.1)
+    assert not (folder / FILE).exists()
+    assert "calibration/log_ratio" in metrics(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"samples_per_prompt": 1}, ["samples_per_prompt", "2"]),
+        ({"calibration": "both", "calibration_samples": 2}, ["calibration_samples", "both"]),
+        ({"least_log_ratio": 1}, ["least_log_ratio"]),
+        ({"calibration_floor": 0}, ["calibration_floor"]),
+        ({"rewards": None}, ["rewards"]),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], words: list[str]
+) -> None:
+    folder = run(tmp_path, code=2, **settings)
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert all(word in message for word in words), message
+    assert not folder.exists()
+
+
+def test_the_arithmetic_says_what_a_round_is(tmp_path: Path) -> None:
+    def described(**settings: Any) -> dict[str, Any]:
+        config = parse(vpo_online.Config, ["--config", str(write_online_config(tmp_path, **settings))]).config
+        return json.loads(json.dumps(vpo_online.describe(config, 1)))
+
+    assert described()["pairs per step"] == "at most 8, less the ties; trained on with newest pairs"
+    best = described(pairing="best_worst", alpha=0.2, alpha_schedule="inverse_sqrt")
+    assert best["pairs per step"].startswith("at most 4,")
+    assert best["calibration"] == "reference, weight alpha x beta = 0.02 / sqrt(step) a nat"
