@@ -59,10 +59,13 @@ def heldout_metrics(groups: list[Group], logprobs: list[list[Floats]], brain: BR
     target, difference = (measured(replace(brain, baseline=b), groups, logprobs) for b in (False, True))
     found = difference if brain.baseline else target
     rewards = [[piece.values["reward"] for piece in group if not piece.continues] for group in groups]
-    parts = zip(target.coefficients, difference.coefficients, rewards, strict=True)
-    # alpha and alpha - b, so that their difference is b
-    expected = [sum((alpha - c) * r for alpha, c, r in zip(*part, strict=True)) for part in parts]
-    return {"loss": found.loss, **found.metrics, "expected_reward": float(np.mean(expected)), "n": float(len(groups))}
+    expected = []
+    for alpha, less, reward in zip(target.coefficients, difference.coefficients, rewards, strict=True):
+        weights = np.subtract(alpha, less)  # alpha - (alpha - b)
+        if weights.any():  # else most_prior_gap has left nothing
+            expected.append(float(weights @ np.array(reward)))
+    known = {"expected_reward": float(np.mean(expected))} if expected else {}
+    return {"loss": found.loss, **found.metrics, **known, "n": float(len(groups))}
 
 
 def improve(learner: Learner, brain: BRAIn, groups: list[Group], *, advance_schedule: bool = True) -> dict[str, float]:

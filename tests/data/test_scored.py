@@ -20,7 +20,7 @@ CHAT: dict[str, Any] = {
     "completions": [[assistant("4")], [assistant("5")]],
     "rewards": [1.0, 0.0],
 }
-OPTIONS = ("stop_token_ids", "faulty_rows", "say", "least_samples", "needs_logprobs")
+OPTIONS = ("stop_token_ids", "faulty_rows", "say", "least_samples", "needs_logprobs", "cut_off")
 
 
 def prepared(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **changed: Any) -> ScoredData:
@@ -113,6 +113,26 @@ def test_what_max_length_cuts_loses_its_end_and_its_logprobs(plain: PreTrainedTo
     assert "truncation_mode: drop" in refusal(plain, [none, {**long, "logprobs": [-9.0, -1.0, -1.0]}], max_length=20)
     data = prepared(plain, [GOOD, long], max_length=20, truncation_mode="drop")
     assert data.counts["dropped_overlong_completions"] == 1
+
+
+def test_what_was_cut_off_is_left_out_where_that_is_wanted(plain: PreTrainedTokenizerFast) -> None:
+    """By a limit when it was sampled, which the flag or the last token id tells, or by max_length now."""
+    end, four = plain.eos_token_id, plain(" 4", add_special_tokens=False)["input_ids"]
+    rows = [
+        {**GOOD, "ended": [True, False, True]},
+        {**GOOD, "completion_ids": [[*four, end], four, [*four, end]], "completions": [" 4"] * 3},
+        {**GOOD, "completions": [" 4", " 5" * 30, " 6"]},
+    ]
+    for row in rows:
+        data = prepared(plain, [row], cut_off="leave_out", max_length=20)
+        assert [len(part) for part in data.train["completion_ids"]] == [2]
+        assert (data.counts["samples"], data.counts["left_out"], data.counts["cut_off_samples"]) == (2, 1, 0)
+    message = refusal(plain, [{**GOOD, "ended": [True, False, False]}], cut_off="leave_out")
+    assert "1 of 3 completions have a reward and ended by themselves" in message
+    long = {**GOOD, "completions": [" 4", " 5" * 30, " 6" * 30]}
+    assert prepared(plain, [GOOD, long], cut_off="leave_out", max_length=20, truncation_mode="drop").train["row"] == [1]
+    assert "row 2" in (message := refusal(plain, [GOOD, long], cut_off="leave_out", max_length=20))
+    assert "only 1 samples fit into max_length 20; raise max_length" in message
 
 
 def test_the_fingerprint_tells_rewards_and_logprobs_apart(plain: PreTrainedTokenizerFast) -> None:
