@@ -106,14 +106,14 @@ class Rounds:
         folder = StageFolder(path, identity, begins, self.run, self.accelerator)
         stages = _Stages(self, folder, number, number * self.config.steps_per_round)
         kept = [line for line in folder.lines("actions.jsonl", stages.actions) if line["kept"]]
-        self._record_critic(folder, number * self.config.steps_per_round)
+        tallies = folder.tallies()
+        self._record_critic(number * self.config.steps_per_round, tallies["critic"])
         if not kept:
             raise RunFailedError(
                 f"no state of {path / 'actions.jsonl'} teaches anything: the values of its actions are nowhere "
                 f"{self.config.min_spread:g} apart. Choose easier or harder prompts, more samples_per_prompt, a critic "
                 "that is trained longer (critic_epochs, critic_learning_rate), or a lower min_spread"
             )
-        tallies = folder.tallies()
         self.metrics = {
             "round": float(number + 1),
             **{f"round/{name}": value for name, value in tallies["states.jsonl"].items() if name not in SAID},
@@ -122,11 +122,11 @@ class Rounds:
         }
         self._number, self._groups = number, [actor_group(line) for line in kept]
 
-    def _record_critic(self, folder: StageFolder, step: int) -> None:
+    def _record_critic(self, step: int, judged: Tallies) -> None:
         """Its calibration in evals.json, also where an earlier attempt at the run has trained it."""
         known = any((entry["step"], entry["name"]) == (step, "critic") for entry in self.run.metrics.evaluations)
         if not known:
-            self.run.evaluation(step, "critic", folder.tallies()["critic"])
+            self.run.evaluation(step, "critic", judged)
 
 
 class _Stages:

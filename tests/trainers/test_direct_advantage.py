@@ -11,6 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
+from safetensors.torch import load_file
+from support.forked import finish, launched
 from support.models import make_tiny_model
 from support.online_run import write_online_config
 from support.recipe_run import final_weights, metrics
@@ -99,6 +101,18 @@ def test_answers_without_any_step_are_refused_with_an_example() -> None:
     group = RolloutGroup(3, {}, [answer([1, 2, END], 1, 3), answer([4, END], 0, 3)])
     with pytest.raises(RefusedError, match=r"none of 2 answers .*step_delimiter '\\n', e.g. row 3: '12'"):
         stages.states_of([group], config(), NEWLINE, decode)
+
+
+def test_answers_are_divided_by_a_function_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def words(text):\n    return [text[i : i + 2] for i in range(0, len(text), 2)]\n")
+    split = stages.segmenter(config(step_function=f"{file}:words"))
+    lines, _ = stages.states_of([RolloutGroup(1, {}, [answer([1, 2, 3, 4, 5, END], 1)])], config(), split, decode)
+    assert [line["text"] for line in lines] == ["", "12", "1234"]
+    with pytest.raises(RefusedError, match=r"step_function: .*mine.py:sentences.*did you mean `words`"):
+        stages.segmenter(config(step_function=f"{file}:sentences"))
+    with pytest.raises(RefusedError, match="step_function: `words` names no function"):
+        stages.segmenter(config(step_function="words"))
 
 
 def test_success_needs_rewards_of_0_and_1_or_a_threshold() -> None:
@@ -457,6 +471,29 @@ def test_a_round_that_is_gone_or_of_another_run_is_not_taken(
         checkpoint.rename(tmp_path / checkpoint.name)
     assert run(file, "--resume_from_checkpoint", "latest") == 0
     assert (tmp_path / "run" / "rounds" / "round_1.superseded").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("stage", [None, "2"], ids=["ddp", "zero2"])
+def test_two_processes_make_the_round_of_one(tmp_path: Path, stage: str | None) -> None:
+    """They share sampling, critic, values and the actor's updates, under DDP and ZeRO-2."""
+    file = write_config(tmp_path, rounds=1, max_steps=2)
+    assert run(file, "--output_dir", str(tmp_path / "alone")) == 0
+    split = launched("cpu_zero3", "--zero_stage", stage) if stage else {}
+    finish("direct_advantage", file, launcher="cpu_ddp", environment=split)
+    alone, spread = (tmp_path / name / "rounds" / "round_1" for name in ("alone", "run"))
+    assert_consistent(spread)
+    for name in ("states.jsonl", "completions.jsonl"):
+        assert lines(spread / name) == lines(alone / name)
+    values = [
+        [a["value"] for line in lines(folder / "actions.jsonl") for a in line["actions"]] for folder in (alone, spread)
+    ]
+    np.testing.assert_allclose(values[1], values[0], atol=1e-4)
+    mine, theirs = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "alone"))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, rtol=0, atol=1e-3)  # Adam's first steps are the rate, 1e-3
+    assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(metrics(tmp_path / "alone")[-1]["loss"], rel=1e-2)
 
 
 def test_the_objective_pushes_a_state_as_its_file_says(tmp_path: Path) -> None:
