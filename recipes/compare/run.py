@@ -108,7 +108,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
 
 
 def shared_samples(console: Console, args: argparse.Namespace, folder: Path, seed: int) -> None:
-    """The samples that all methods learn from, in each form that one of them takes."""
+    """The samples that the methods learn from, in each form that one of them takes."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = folder / "scored.jsonl"
     if not samples.exists():
@@ -119,9 +119,8 @@ def shared_samples(console: Console, args: argparse.Namespace, folder: Path, see
         ]  # fmt: skip
         run_shown(console, f"seed {seed}: {SAMPLES_PER_PROMPT} samples of each prompt", words, ROOT)
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    for name in FORMS:
-        file = folder / f"{name}.jsonl"
-        if file.exists():
+    for name in dict.fromkeys(METHODS[method].data for method in args.methods):
+        if name is None or (file := folder / f"{name}.jsonl").exists():
             continue
         made = [each for row in rows for each in FORMS[name](row)]
         if not made:
