@@ -128,6 +128,7 @@ def prepare_segments(
         prepared.append(part)
         fingerprints.append(preparation.fingerprint)
     _report(counts, found[0], say)
+    _report_shared_starts(prepared, say)
     heldout = prepared[1] if len(prepared) > 1 and len(prepared[1]) else None
     return SegmentData(prepared[0], heldout, found[0], dict(counts), combined(fingerprints))
 
@@ -316,3 +317,19 @@ def _report(counts: Counter[str], format: Format, say: Say) -> None:
         f"data: {kept} of {counts['rows']} rows of {format.name} kept, {counts['train_rows']} to train on{heldout}: "
         + (_changes(counts) or "none dropped, none cut")
     )
+
+
+def _report_shared_starts(prepared: list[Dataset], say: Say) -> None:
+    """Held-out segments whose start is trained on measure less than they seem to: said, for it may be meant."""
+    if len(prepared) < 2:
+        return
+    trained, heldout = ([_starts(row) for row in part.select_columns([*ID_COLUMNS])] for part in prepared)
+    known = {start for starts in trained for start in starts}
+    if shared := sum(any(start in known for start in starts) for starts in heldout):
+        say(f"data: segments of {shared} of {len(heldout)} held-out rows start where some that are trained on do")
+
+
+def _starts(row: dict[str, Any]) -> list[int]:
+    """A hash of each segment's ids before the policy's first."""
+    firsts = [pieces[0] for pieces in segments_of(row)]
+    return [hash(tuple(piece.token_ids[: piece.prompt_length])) for piece in firsts]

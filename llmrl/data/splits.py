@@ -16,7 +16,9 @@ from llmrl.data.messages import implicit_prompt
 from llmrl.data.sources import find_source
 
 # The columns that say what a row asks, by the first of these that are there; else the whole row does.
-PROMPT_COLUMNS = (("prompt",), ("conversations",), ("chosen", "rejected"), ("messages",))
+PROMPT_COLUMNS = (
+    ("prompt",), ("conversations",), ("chosen", "rejected"), ("messages",), ("first", "second"), ("segments",)
+)  # fmt: skip
 LARGEST_SHARE = 0.1
 
 
@@ -124,6 +126,9 @@ def _prompt(row: dict[str, Any]) -> Any:
         return implicit_prompt(row["chosen"], row["rejected"]) or row
     if row.keys() == {"messages"}:
         return row["messages"][:-1] if isinstance(row["messages"], list) else row
+    if row.keys() == {"first", "second"} or row.keys() == {"segments"}:
+        segments = row.get("segments") or [row.get("first"), row.get("second")]
+        return [segment.get("prompt") if isinstance(segment, dict) else segment for segment in segments]
     return row
 
 

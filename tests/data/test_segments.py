@@ -151,6 +151,22 @@ def test_the_fingerprint_covers_what_is_preferred(plain: PreTrainedTokenizerFast
     assert len(prints) == 3
 
 
+def test_rows_of_the_same_starts_stay_on_one_side_and_what_is_shared_is_said(plain: PreTrainedTokenizerFast) -> None:
+    rows = [
+        {**TEXT, "first": {"prompt": f"{i // 2}+2=", "completion": f" {i}"}, "second": SECOND} for i in range(40)
+    ]  # fmt: skip
+    said: list[str] = []
+    data = segments(plain, rows, eval_rows=4, say=said.append)
+    assert data.heldout is not None
+    starts = [
+        {tuple(piece.token_ids[: piece.prompt_length]) for row in part for piece in segments_of(row)[0]}
+        for part in (data.train, data.heldout)
+    ]
+    assert len(data.heldout) == 4
+    assert starts[0] & starts[1] == set()
+    assert "data: segments of 4 of 4 held-out rows start where some that are trained on do" in said  # the second ones
+
+
 # -- length ------------------------------------------------------------------------------------------------------------
 
 LONG = {"first": {"prompt": "2+2=", "completion": " 4" * 30}, "second": FIRST, "label": 1}
