@@ -142,15 +142,7 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     cloning_steps = config.cloning_steps(total_steps)
     cpl = _objective(config, data)
     cloning, objective = BehaviourCloning(config.step).objective(), cpl.objective()
-    comparing = {
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler_type,
-        "lr_scheduler_kwargs": config.schedule_numbers,
-        "warmup_steps": math.ceil(config.warmup_ratio * (total_steps - cloning_steps)),
-        "total_steps": total_steps - cloning_steps,
-    }
-    first = {"learning_rate": config.cloning_rate, "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
-    options: dict[str, Any] = {**first, "reference": "precomputed"} if cloning_steps else {}
+    options, comparing = _phases(config, cloning_steps, total_steps)
     per_step = config.comparisons_per_step
     offline = OfflineRun(config, run, tokenizer, data, per_step, "comparisons", callbacks, **options)
     offline.prepare(
@@ -161,7 +153,8 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     learner, session = offline.learner, offline.session
     if cloning_steps:
         run.note(f"The first {cloning_steps} steps clone behaviour, the other {total_steps - cloning_steps} compare.")
-        offline.keep_reference()
+        if cpl.reference:
+            offline.keep_reference()
     if run.start_step > cloning_steps > 0:
         learner.restart(**comparing)
     for step in session.steps():
@@ -172,10 +165,26 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
         metrics = learner.update(offline.groups(step), cloning if step < cloning_steps else objective)
         session.record(metrics)
         if step == cloning_steps:
-            _warn_if_saturated(metrics["cpl/logit_abs"], cpl.alpha, run.note)
+            _warn_if_saturated(metrics.get("cpl/logit_abs", 0.0), cpl.alpha, run.note)
         # What was cloned is kept before the reference is taken from it, which may take long.
         session.control.should_save |= step == cloning_steps - 1
     session.finish()
+
+
+def _phases(config: CPLConfig, cloning_steps: int, total_steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """LearnerOptions that the run begins with, and those of the comparisons after cloning."""
+    steps = total_steps - cloning_steps
+    comparing = {
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "lr_scheduler_kwargs": config.schedule_numbers,
+        "warmup_steps": math.ceil(config.warmup_ratio * steps),
+        "total_steps": steps,
+    }
+    if not cloning_steps:
+        return {}, comparing
+    constant = {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
+    return {"learning_rate": config.cloning_rate, **constant, "reference": "precomputed"}, comparing
 
 
 def group(row: dict[str, Any], value: str) -> "Group":
