@@ -114,7 +114,7 @@ class StageFolder:
 
     def _write(self, name: str, lines: list[Line], counts: Tallies) -> None:
         with self._writing(name):
-            write_text(self.path / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in lines))
             self._note(name, counts)
             for part in self.path.glob(f".{name}.*"):
                 part.unlink()

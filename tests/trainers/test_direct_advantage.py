@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -494,6 +495,36 @@ def test_two_processes_make_the_round_of_one(tmp_path: Path, stage: str | None) 
     for name, weight in theirs.items():
         torch.testing.assert_close(mine[name], weight, rtol=0, atol=1e-3)  # Adam's first steps are the rate, 1e-3
     assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(metrics(tmp_path / "alone")[-1]["loss"], rel=1e-2)
+
+
+def test_a_stage_is_made_once_and_holds_any_text(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    own: Any = SimpleNamespace(directory=tmp_path, note=lambda text: None)
+
+    def folder(weights: str) -> stage_files.StageFolder:
+        return stage_files.StageFolder(tmp_path / "rounds" / "round_1", {"weights": weights}, True, own, accelerator)
+
+    made = [{"text": "a\u2028b\x85\n'\"é", "value": 0.1 + 0.2}]
+    assert folder("a").lines("x.jsonl", lambda: (made, {"n": 1})) == made
+    assert folder("a").lines("x.jsonl", lambda: ([], {})) == made
+    assert folder("a").tallies() == {"x.jsonl": {"n": 1}}
+    assert folder("b").lines("x.jsonl", lambda: ([], {})) == []  # from other weights: made anew
+    asked: list[int] = []
+
+    def part(first: int) -> list[dict[str, Any]]:
+        asked.append(first)
+        if len(asked) == 3:
+            raise KilledError
+        return [{"first": first}]
+
+    for _ in range(2):
+        try:
+            found = folder("b").lines("y.jsonl", lambda: (folder("b").parts("y.jsonl", (0, 5, 10), part), {}))
+        except KilledError:
+            continue
+    assert asked == [0, 5, 10, 10]
+    assert found == [{"first": 0}, {"first": 5}, {"first": 10}]
+    assert sorted(path.name for path in folder("b").path.iterdir()) == ["stages.json", "x.jsonl", "y.jsonl"]
 
 
 def test_the_objective_pushes_a_state_as_its_file_says(tmp_path: Path) -> None:
