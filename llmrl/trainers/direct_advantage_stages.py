@@ -69,48 +69,62 @@ def spread_over(num_steps: int, most: int | None) -> list[int]:
 # -- A.1 -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a prompt: the policy's tokens, those of the prompt before it, whether it is right."""
+
+    ids: Action
+    prompt_ids: list[int]
+    right: bool
+
+
+def kept_answers(group: RolloutGroup, config: DirectAdvantageConfig) -> list[Answer]:
+    """The answers of a prompt that are divided into steps, equal ones once."""
+    found: dict[Action, Answer] = {}
+    for rollout in group.rollouts:
+        if rollout.turns:
+            prompt_ids = rollout.pieces[0][: rollout.turns[0].start]
+            ids = tuple(rollout.sampled_ids)
+            found.setdefault(ids, Answer(ids, prompt_ids, is_right(rollout, config.success_threshold)))
+    answers = list(found.values())
+    return [answers[i] for i in balanced([answer.right for answer in answers], config.kept_per_prompt)]
+
+
 def states_of(
-    groups: Iterable[RolloutGroup], config: DirectAdvantageConfig, split: Segmenter, decode: Decode
+    groups: Sequence[RolloutGroup], config: DirectAdvantageConfig, split: Segmenter, decode: Decode
 ) -> tuple[list[Line], Tallies]:
     """The states of the answers that are kept, a prompt's equal states once; counts of what there was.
 
     Raises RefusedError where no answer has more than one step.
     """
     lines: list[Line] = []
-    answers = right = kept = whole = again = 0
-    example = ""
-    for group in groups:
-        different = {tuple(rollout.sampled_ids): rollout for rollout in reversed(group.rollouts) if rollout.turns}
-        chosen = list(reversed(different.items()))
-        judged = [is_right(rollout, config.success_threshold) for rollout in group.rollouts]
-        answers, right = answers + len(judged), right + sum(judged)
-        good = [is_right(rollout, config.success_threshold) for _, rollout in chosen]
-        seen: set[Action] = set()
-        for number, index in enumerate(balanced(good, config.kept_per_prompt)):
-            ids, rollout = chosen[index]
-            ends = [0, *step_ends(ids, split, decode)]
-            kept, whole = kept + 1, whole + (len(ends) == 2)
-            example = example or f"row {group.number}: {decode(ids)!r:.200}"
-            for step in spread_over(len(ends) - 1, config.max_states_per_response):
-                begun = ids[: ends[step]]
-                if begun in seen:
-                    again += 1
-                    continue
-                seen.add(begun)
-                lines.append({
-                    "state": len(lines), "row": group.number, "answer": number, "right": good[index], "step": step,
-                    "steps": len(ends) - 1, "prompt_ids": rollout.pieces[0][: rollout.turns[0].start],
-                    "answer_ids": list(begun), "text": decode(begun),
-                })  # fmt: skip
-    if kept and whole == kept:
+    judged = [is_right(rollout, config.success_threshold) for group in groups for rollout in group.rollouts]
+    kept = [(group.number, number, a) for group in groups for number, a in enumerate(kept_answers(group, config))]
+    seen: set[tuple[int, Action]] = set()
+    whole = again = 0
+    for row, number, answer in kept:
+        ends = [0, *step_ends(answer.ids, split, decode)]
+        whole += len(ends) == 2
+        for step in spread_over(len(ends) - 1, config.max_states_per_response):
+            begun = answer.ids[: ends[step]]
+            if (row, begun) in seen:
+                again += 1
+                continue
+            seen.add((row, begun))
+            lines.append({
+                "state": len(lines), "row": row, "answer": number, "right": answer.right, "step": step,
+                "steps": len(ends) - 1, "prompt_ids": answer.prompt_ids, "answer_ids": list(begun),
+                "text": decode(begun),
+            })  # fmt: skip
+    if kept and whole == len(kept):
         named = config.step_function or f"step_delimiter {config.step_delimiter!r}"
         raise RefusedError(
-            f"none of {kept} answers has more than one step by {named}, e.g. {example}. Remedy: another "
-            "step_delimiter, or a prompt that asks for steps"
+            f"none of {whole} answers has more than one step by {named}, e.g. row {kept[0][0]}: "
+            f"{decode(kept[0][2].ids)!r:.200}. Remedy: another step_delimiter, or a prompt that asks for steps"
         )
     return lines, {
-        "answers": answers, "right": right / max(answers, 1), "kept": kept, "of_one_step": whole, "states": len(lines),
-        "states_again": again,
+        "answers": len(judged), "right": sum(judged) / max(len(judged), 1), "kept": len(kept), "of_one_step": whole,
+        "states": len(lines), "states_again": again,
     }  # fmt: skip
 
 
