@@ -70,6 +70,14 @@ def test_answers_are_kept_as_evenly_right_and_wrong_as_they_come(right: str, cou
     assert stages.balanced([kind == "r" for kind in right], count) == kept
 
 
+def test_equal_answers_are_kept_once_in_the_order_in_which_they_came() -> None:
+    x, y, z = [1, NEW, 2, END], [3, NEW, 4, END], [5, NEW, 6, END]
+    group = RolloutGroup(1, {}, [answer(ids, 1) for ids in (x, y, x, z)])
+    kept = stages.kept_answers(group, config(kept_per_prompt=2))
+    assert [list(answer.ids) for answer in kept] == [x, y]
+    assert [(answer.prompt_ids, answer.right) for answer in kept] == [([7, 7], True)] * 2
+
+
 def test_states_are_spread_over_an_answer() -> None:
     assert stages.spread_over(4, None) == [0, 1, 2, 3]
     assert stages.spread_over(9, 3) == [0, 4, 8]
