@@ -194,6 +194,14 @@ class RunKeys(Keys):
     """`latest` (starts afresh where there is none) or the folder of a checkpoint."""
 
     @property
+    def length_is_free(self) -> bool:
+        """Whether no step depends on how many there are to be, so that a run may be resumed for more of them.
+
+        Methods say so; where the learning rate follows a schedule it is never so.
+        """
+        return False
+
+    @property
     def trackers(self) -> list[str]:
         """Names in report_to without `none`; `all` is still in it."""
         names = self.report_to.split(",") if isinstance(self.report_to, str) else self.report_to

@@ -17,6 +17,7 @@ from llmrl.config.schema import CoreLoader
 from llmrl.errors import RefusedError
 from llmrl.runs import checkpoints, ranks
 
+LENGTH = ("max_steps", "num_train_epochs")
 OURS = (
     "config.yaml", "environment.json", "metrics.jsonl", "evals.json", "summary.json", "checkpoints", "final",
     "rollouts", "rounds", "report.html", "samples.json",
@@ -100,8 +101,13 @@ def _refuse_other_config(config: RunKeys, directory: Path) -> None:
 
 
 def verify_checkpoint(config: RunKeys, checkpoint: Path, manifest: dict[str, Any]) -> None:
-    """Raises RefusedError when the checkpoint belongs to another run."""
-    differences = differing_keys(config, manifest.get("config", {}))
+    """Raises RefusedError when the checkpoint belongs to another run. One of another length is the same, where nothing
+    depends on that."""
+    stored = manifest.get("config", {})
+    now = result_keys(config)
+    if config.length_is_free and not 0 < now["max_steps"] < manifest.get("step", 0):
+        stored = {**stored, **{key: now[key] for key in LENGTH if key in stored}}
+    differences = differing_keys(config, stored)
     if differences:
         raise RefusedError(
             f"{checkpoint} is another run's checkpoint; it was made with other values of\n"

@@ -33,6 +33,11 @@ class DPOConfig(PairKeys):
     rpo_alpha: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the chosen answer's negative log-likelihood a token, beside the preference loss: keeps it likely."""
 
+    @property
+    def length_is_free(self) -> bool:
+        """See RunKeys."""
+        return self.lr_scheduler_type == "constant"
+
     @model_validator(mode="after")
     def _smoothable(self) -> Self:
         if self.label_smoothing and self.loss_type not in ("sigmoid", "robust", "sigmoid_norm"):

@@ -19,6 +19,11 @@ class OnlineConfig(SamplingConfig, PolicyGradientKeys):
         return self.beside_default("minibatches", "mask_truncated_completions", "reward_clip")
 
     @property
+    def length_is_free(self) -> bool:
+        """See RunKeys. The last step samples nothing ahead, which a longer run does."""
+        return self.lr_scheduler_type == "constant" and not self.max_staleness
+
+    @property
     def algorithm_name(self) -> str:
         """The preset that the method, or its key `algorithm`, names."""
         raise NotImplementedError

@@ -132,6 +132,11 @@ class RLSPConfig(CriticConfig):
         graded = {} if self.judge is None else {JUDGE: 1 - alpha}
         return {VERIFIER: own, BOXED: own, EXPLORATION: own, **graded}
 
+    @property
+    def length_is_free(self) -> bool:
+        """See RunKeys: alpha reaches alpha_end in the last step."""
+        return super().length_is_free and self.alpha_end is None
+
     def alpha_at(self, step: int, total_steps: int) -> float:
         """Weight of the verifier in step `step` (from 0)."""
         if self.alpha_end is None or total_steps < 2:

@@ -61,7 +61,7 @@ class Session:
         if run.checkpoint is not None:
             self._load(run.checkpoint)
             self.state = TrainerState.load_from_json(str(run.checkpoint / STATE_FILE))
-            self.state.is_world_process_zero = run.is_main
+            self.state.is_world_process_zero, self.state.max_steps = run.is_main, self.total_steps
             self._saved_at = run.start_step
             if self._was_given_up(run.start_step):
                 self._evaluate(run.start_step)
