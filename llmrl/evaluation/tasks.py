@@ -5,10 +5,8 @@ result = task(model, run.console.say)                                  # every r
 run.evaluation(step, "task", result.metrics)
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +18,7 @@ from llmrl.data.problems import prepare_problems
 from llmrl.errors import RefusedError
 from llmrl.evaluation.intervals import wilson_interval
 from llmrl.evaluation.progress import Ticker
+from llmrl.evaluation.samples import Sample
 from llmrl.rewards.answers import final_number, is_correct
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Completion, Engine, SamplingParams
@@ -128,21 +127,12 @@ def accuracy_metrics(answered: Sequence[Answered]) -> dict[str, float]:
     }
 
 
-def update_samples(file: Path, label: str, result: TaskResult) -> None:
-    """Put all answers under `label` (`before`, `after`) into samples.json, beside those that are there."""
-    stored: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    beside = {item["prompt"]: [c for c in item["completions"] if c["label"] != label] for item in stored}
-    samples = [
-        {
-            "prompt": a.prompt,
-            "answer": a.answer,
-            "completions": [*beside.get(a.prompt, []), {"label": label, "text": a.text, "correct": a.correct}],
-        }
+def samples_of(result: TaskResult) -> list[Sample]:
+    """All problems with their answers, as samples.json has them."""
+    return [
+        {"prompt": a.prompt, "answer": a.answer, "completions": [{"text": a.text, "correct": a.correct}]}
         for a in result.answered
     ]
-    written = file.with_name(f".tmp_{file.name}")
-    written.write_text(json.dumps(samples, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    written.replace(file)
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase, problem: dict[str, Any], completion: Completion) -> Answered:

@@ -176,11 +176,7 @@ class Learner:
 
     def _frozen_reference(self) -> Policy:
         if sharding.zero_stage(self.accelerator) == 3:
-            raise RefusedError(
-                "reference: frozen keeps a whole copy on each rank, which ZeRO-3 is there to avoid; use use_peft: true "
-                "(the reference is then the policy without its adapter), for pairs reference: precomputed, or for the "
-                "methods that sample beta: 0"
-            )
+            raise RefusedError(reference.FROZEN_UNDER_ZERO3)
         return reference.frozen_copy(self.policy).to(self.device)
 
     # -- training ------------------------------------------------------------------------------------------------

@@ -16,6 +16,11 @@ from llmrl.errors import RefusedError
 from llmrl.learner.policy import Policy
 
 ReferenceKind = Literal["adapter_off", "frozen", "precomputed"]
+FROZEN_UNDER_ZERO3 = (
+    "reference: frozen keeps a whole copy on each rank, which ZeRO-3 is there to avoid; use use_peft: true (the "
+    "reference is then the policy without its adapter), for pairs reference: precomputed, or for the methods that "
+    "sample beta: 0"
+)
 
 
 def choose(kind: str, has_adapter: bool) -> ReferenceKind:

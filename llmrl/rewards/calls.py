@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmrl.errors import RunFailedError
+from llmrl.errors import RefusedError, RunFailedError
 from llmrl.rewards.functions import RewardFunction, Rewards
 from llmrl.rewards.loading import is_async
 
@@ -111,6 +111,17 @@ class Caller:
         tally.invalid += len(invalid)
         tally.seconds += time.monotonic() - begun
         return scores
+
+    async def try_out(self, arguments: dict[str, Any], count: int) -> None:
+        """One call before any training. Raises RefusedError where it gives no [count] scores; None is one here."""
+        try:
+            self._fitting(arguments)
+            self._scores(await self._run(arguments), count)
+        except _FailedCallError as failure:
+            why = str(failure) if failure.fault is None else self._raised(failure.fault, arguments)
+            raise RefusedError(f"reward function {self.label}, tried with one short answer, {why}") from failure
+        except RunFailedError as error:
+            raise RefusedError(f"tried with one short answer: {error}") from error
 
     def _fitting(self, arguments: Collection[str]) -> None:
         for names in self.function.needs:

@@ -94,11 +94,55 @@ class Scorer:
 
         Raises RunFailedError as `Caller` does, and for columns of `log_extra` without an entry for each completion.
         """
+        given = self._given(prompts, completions, completion_ids, columns, trainer_state, dialogues)
+        extra: dict[str, list[Any]] = {}
+        wrong: list[str] = []
+
+        def log_extra(of: str, name: str, values: Sequence[Any]) -> None:
+            extra[name] = list(values)
+            if len(extra[name]) != len(completions):
+                wrong.append(f"reward function {of} logged {len(extra[name])} values of {name} with log_extra")
+
+        by_function = await self._all(given, len(completions), log_extra)
+        if wrong:
+            expected = f"expected {len(completions)}, one a completion"
+            raise RunFailedError(f"{wrong[0]}; {expected}. Mend the function, and resume the run")
+        totals = [self._total(values) for values in zip(*by_function.values(), strict=True)]
+        return Scores(totals, by_function, extra)
+
+    async def try_out(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        trainer_state: Any = None,
+        dialogues: Sequence[tuple[Any, Any]] | None = None,
+    ) -> None:
+        """Call the user's own functions once, as `score` would; what they log is forgotten.
+
+        Raises RefusedError for one that raises, gives no answer in time, or returns something else than a list of as
+        many scores.
+        """
+        given = self._given(prompts, completions, completion_ids, columns, trainer_state, dialogues)
+        nowhere = {name: lambda *logged, **named: None for name in ("log_extra", "log_metric")}
+        for caller in self._callers.values():
+            if caller.function.own:
+                await caller.try_out({**given(caller), **nowhere}, len(completions))
+
+    def _given(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+        trainer_state: Any,
+        dialogues: Sequence[tuple[Any, Any]] | None,
+    ) -> Callable[[Caller], dict[str, Any]]:
+        """What each function is called with, but for `log_extra`."""
         for name, values in {"prompts": prompts, "completion_ids": completion_ids, **columns}.items():
             if len(values) != len(completions):
                 raise ValueError(f"{len(completions)} completions, but {len(values)} {name}")
-        extra: dict[str, list[Any]] = {}
-        wrong: list[str] = []
         arguments = {
             **columns,
             "prompts": list(prompts),
@@ -111,27 +155,13 @@ class Scorer:
         for_models = dict(arguments)
         if dialogues is not None:
             for_models |= {"prompts": [p for p, _ in dialogues], "completions": [c for _, c in dialogues]}
-
-        def log_extra(of: str, name: str, values: Sequence[Any]) -> None:
-            extra[name] = list(values)
-            if len(extra[name]) != len(completions):
-                wrong.append(f"reward function {of} logged {len(extra[name])} values of {name} with log_extra")
-
-        by_function = await self._all(arguments, for_models, len(completions), log_extra)
-        if wrong:
-            expected = f"expected {len(completions)}, one a completion"
-            raise RunFailedError(f"{wrong[0]}; {expected}. Mend the function, and resume the run")
-        totals = [self._total(values) for values in zip(*by_function.values(), strict=True)]
-        return Scores(totals, by_function, extra)
+        return lambda caller: for_models if caller.function.is_model else arguments
 
     async def _all(
-        self, arguments: dict[str, Any], for_models: dict[str, Any], count: int, log_extra: Callable[..., None]
+        self, given: Callable[[Caller], dict[str, Any]], count: int, log_extra: Callable[..., None]
     ) -> dict[str, Rewards]:
-        def given(label: str, is_model: bool) -> dict[str, Any]:
-            return {**(for_models if is_model else arguments), "log_extra": functools.partial(log_extra, label)}
-
         tasks = [
-            asyncio.ensure_future(caller(given(label, caller.function.is_model), count))
+            asyncio.ensure_future(caller({**given(caller), "log_extra": functools.partial(log_extra, label)}, count))
             for label, caller in self._callers.items()
         ]
         try:

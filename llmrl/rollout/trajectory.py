@@ -101,7 +101,8 @@ class Rollout:
         return totals
 
     def record(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-        """The rollout as a line of rollouts/step_N.jsonl."""
+        """The rollout as a line of rollouts/step_N.jsonl: `completions` are its turns to the letter, with what the
+        tokenizer adds to what was said, `messages` what was made of them and what the environment answered."""
         return {
             "row": self.row,
             "sample": self.sample,
@@ -114,6 +115,7 @@ class Rollout:
             "num_sampled": self.num_sampled,
             "policy_versions": sorted({turn.policy_version for turn in self.turns}),
             "prompt": decode(self.pieces[0][: self.turns[0].start]) if self.turns else "",
+            "completions": [decode(self.pieces[turn.piece][turn.start : turn.end]) for turn in self.turns],
             "messages": self.messages[self.opening :],
             **({"extra": self.extra} if self.extra else {}),
         }

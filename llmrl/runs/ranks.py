@@ -27,6 +27,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def zero_stage() -> int:
+    """DeepSpeed's ZeRO stage that these processes were launched for; 0 for none, or where only a file of DeepSpeed's
+    own says it."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return 0
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 0)
+
+
 def is_main() -> bool:
     """Whether this is the process that writes and speaks."""
     return rank() == 0

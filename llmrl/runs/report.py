@@ -3,8 +3,9 @@
 Invariants: every word that comes from files is escaped, and the page forbids scripts and anything from the network by
 its own policy as well; a file that is missing or torn leaves its part out and stops nothing.
 
-`samples.json`, where a trainer writes it, is a list of `{"prompt": text or messages, "answer": text (optional),
-"completions": [{"label": "before", "text": ..., "correct": true | false | null}, ...]}`; the page shows the first ones.
+`samples.json`, where a trainer writes it, is a list of `{"evaluation": name (optional), "prompt": text or messages,
+"answer": text (optional), "completions": [{"label": "before", "text": text or messages, "correct": true | false |
+null, "reward": number (optional)}, ...]}`; the page shows the first ones of each evaluation.
 """
 
 import json

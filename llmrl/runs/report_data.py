@@ -3,6 +3,7 @@
 Invariant: whatever the files hold, reading them raises nothing; what is missing or not a number is left out.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -194,9 +195,12 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
 
 
 def _samples(stored: Any) -> list[Sample]:
-    samples = []
-    for item in stored[:SAMPLES_SHOWN] if isinstance(stored, list) else []:
-        if isinstance(item, dict):
+    """The first of each evaluation."""
+    samples: list[Sample] = []
+    shown: Counter[str] = Counter()
+    for item in stored if isinstance(stored, list) else []:
+        if isinstance(item, dict) and shown[evaluation := str(item.get("evaluation"))] < SAMPLES_SHOWN:
+            shown[evaluation] += 1
             answer = item.get("answer")
             samples.append(
                 Sample(_said(item.get("prompt")), None if answer is None else str(answer), _completions(item))
@@ -211,10 +215,9 @@ def _completions(item: dict[str, Any]) -> list[tuple[str, str, bool | None]]:
     found = []
     for entry in stored if isinstance(stored, list) else []:
         if isinstance(entry, dict):
-            right = entry.get("correct")
-            found.append(
-                (str(entry.get("label", "")), _said(entry.get("text")), right if isinstance(right, bool) else None)
-            )
+            right, reward = entry.get("correct"), entry.get("reward")
+            label = str(entry.get("label", "")) + (f", reward {reward:.4g}" if isinstance(reward, int | float) else "")
+            found.append((label, _said(entry.get("text")), right if isinstance(right, bool) else None))
     return found
 
 

@@ -20,14 +20,22 @@ from llmrl.learner.loading import base_of
 from llmrl.learner.sharding import gather_objects, zero_stage
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Engine
+from llmrl.runs import ranks
 from llmrl.trainers.sampling_config import SamplingConfig
 
 WEIGHTS = "weights"
 """Folder in a run's directory through which vLLM servers get weights."""
+NOT_UNDER_ZERO3 = (
+    "engine.kind huggingface samples with the whole model on each process, which ZeRO-3 does not have; use vllm or "
+    "vllm_server, or launch with ZeRO-2 or DDP"
+)
 
 
 def check_engine(keys: EngineKeys) -> None:
-    """Raise RefusedError for an engine that this machine does not have, or that cannot sleep on it."""
+    """Raise RefusedError for an engine that this machine does not have, that cannot sleep on it, or that cannot be had
+    under what was launched."""
+    if keys.kind == "huggingface" and ranks.zero_stage() == 3:
+        raise RefusedError(NOT_UNDER_ZERO3)
     if keys.kind != "vllm":
         return
     if find_spec("vllm") is None:
@@ -51,10 +59,7 @@ def build_engine(
     check_engine(keys)
     if keys.kind == "huggingface":
         if zero_stage(learner.accelerator) == 3:
-            raise RefusedError(
-                "engine.kind huggingface samples with the whole model on each process, which ZeRO-3 does not have; "
-                "use vllm or vllm_server, or launch with ZeRO-2 or DDP"
-            )
+            raise RefusedError(NOT_UNDER_ZERO3)
         return HuggingFaceEngine(learner.causal_lm, tokenizer, keys.max_rows, keys.max_cache_tokens)
     model, adapter = base_of(models.resolve(config.model_name_or_path)), adapter_alone(config, learner)
     if keys.kind == "vllm":

@@ -20,7 +20,7 @@ from llmrl.rollout.dialogue import Dialogue
 from llmrl.rollout.episode import Limits
 from llmrl.rollout.rendering import REASONING, Renderer
 from llmrl.rollout.threads import Maker, OverdueError, call
-from llmrl.rollout.trajectory import Rollout, RolloutGroup
+from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.trainers.sampling_config import SamplingConfig
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TRIED_ROWS = 16
 """Rows with which an environment that is not known is begun before anything else, to see whether it begins."""
+TRIED_ANSWER = "The answer is 1."
 RESERVED = ("prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state")
 """Names of reward functions' own arguments: columns called so do not reach them."""
 
@@ -94,6 +95,10 @@ class OnlineTask:
 
     def prompt_length(self, row: dict[str, Any]) -> int:
         """Tokens of the row's first prompt, as the environment puts it. Raises RefusedError."""
+        return len(self._begun(row).prompt_ids)
+
+    def _begun(self, row: dict[str, Any]) -> Dialogue:
+        """The row's dialogue before the policy speaks. Raises RefusedError where the environment does not begin."""
         seconds = self.config.rollout.environment_seconds
         method = "__init__"
 
@@ -116,7 +121,7 @@ class OnlineTask:
             has_own = self.kind.rows is not None and self.config.dataset_name is not None
             own = "; it has rows of its own, which --dataset_name null uses" if has_own else ""
             raise RefusedError(f"the environment {self.config.environment} does not begin: {what}{own}") from error
-        return len(Dialogue(self.renderer, messages, tools).prompt_ids)
+        return Dialogue(self.renderer, messages, tools)
 
     def limits(self) -> Limits:
         keys = self.config.rollout
@@ -152,22 +157,42 @@ class OnlineTask:
                 total = None if silent else part if total is None else total + (part or 0.0)
             rollout.reward, rollout.penalty = total, self._overlong(rollout)
 
+    def try_rewards(self) -> None:
+        """Have the user's own reward functions judge a short answer to the first row, before anything is trained.
+
+        Raises RefusedError for one that cannot.
+        """
+        if self.scorer is None or not self.data.train:
+            return
+        from transformers import TrainerState
+
+        prompt = self.data.train[0]
+        dialogue = self._begun(prompt.row)
+        before, ids = list(dialogue.prompt_ids), self.tokenizer.encode(TRIED_ANSWER, add_special_tokens=False)
+        turn = Turn(0, len(before), len(before) + len(ids), [0.0] * len(ids), "stop", 0)
+        said = [*dialogue.messages, {"role": "assistant", "content": TRIED_ANSWER}]
+        answered = Rollout(prompt.number, 0, 0, [before + ids], [turn], said, len(said) - 1, "completed")
+        call = self._call(RolloutGroup(prompt.number, prompt.row, [answered]))
+        asyncio.run(self.scorer.try_out(**call, trainer_state=TrainerState()))
+
     async def _judged(self, scorer: Scorer, group: RolloutGroup, steps_done: int | None) -> Scores:
-        """Prompts and completions are text where the row's prompt is, else messages: as reward functions for TRL expect
-        them. A reward model reads the dialogue that the policy saw."""
+        return await scorer.score(**self._call(group), trainer_state=self._state(steps_done))
+
+    def _call(self, group: RolloutGroup) -> dict[str, Any]:
+        """What the scorer is asked. Prompts and completions are text where the row's prompt is, else messages: as
+        reward functions for TRL expect them. A reward model reads the dialogue that the policy saw."""
         rollouts = group.rollouts
         dialogues = [(rollout.messages[: rollout.opening], self._as_sampled(rollout)) for rollout in rollouts]
         ids, text = [rollout.sampled_ids for rollout in rollouts], self.kind.text_prompt(group.row)
         texts = None if text is None else [(text, self.tokenizer.decode(one, skip_special_tokens=True)) for one in ids]
         prompts, completions = zip(*(texts or dialogues), strict=True)
-        return await scorer.score(
-            prompts,
-            completions,
-            ids,
-            columns={name: [value] * len(rollouts) for name, value in group.row.items() if name not in RESERVED},
-            trainer_state=self._state(steps_done),
-            dialogues=dialogues if self.renderer.has_template else texts,
-        )
+        return {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": ids,
+            "columns": {name: [value] * len(rollouts) for name, value in group.row.items() if name not in RESERVED},
+            "dialogues": dialogues if self.renderer.has_template else texts,
+        }
 
     def _state(self, steps_done: int | None) -> "TrainerState | None":
         """A copy, so that it stands still while a reward function reads it."""

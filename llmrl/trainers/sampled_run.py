@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from llmrl.errors import LlmrlError, RunFailedError
+from llmrl.evaluation.samples import KeptSamples, samples_of
 from llmrl.learner.learner import Learner
 from llmrl.rollout.collector import Collected
-from llmrl.rollout.trajectory import Rollout, RolloutGroup, mean_reward
+from llmrl.rollout.trajectory import RolloutGroup, mean_reward
 from llmrl.runs import Run
 from llmrl.trainers import checks
 from llmrl.trainers.engines import check_engine, left_for_servers, raise_together
@@ -52,6 +53,7 @@ class SampledRun:
         **learner_options: Any,
     ) -> None:
         self.config, self.run = config, run
+        check_engine(config.engine)
         self.task = task = OnlineTask(config, run.note, dataset, overlong_buffer)
         run.verify_dataset(task.data.fingerprint)
         problems = task_problems(config.task_evaluation, config, task.tokenizer, run.note)
@@ -64,6 +66,7 @@ class SampledRun:
             run, self.learner, task.tokenizer, steps, task.data.fingerprint, self.evaluate, callbacks
         )
         task.trainer_state = lambda: self.session.state
+        self._heldout_samples = KeptSamples(run.directory / "samples.json", "heldout", begun=run.checkpoint is not None)
         self._empty_steps, self._cut_said = 0, False
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class SampledRun:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Rollouts of the held-out rows, and the answers to the problems of task_evaluation.
 
+        The first and the latest of both are kept in samples.json.
         Where they fail or are interrupted, a checkpoint of the steps before is left.
         """
         asked = len(self.task.data.heldout) * self.config.eval_samples
@@ -125,16 +129,17 @@ class SampledRun:
         groups = self.sampler.heldout()
         ends = [rollout.end_state for group in groups for rollout in group.rollouts]
         self._say_if_cut(ends.count("truncated-turns"), len(ends))
+        if self.run.is_main:
+            self._heldout_samples.keep(samples_of(groups))
         return heldout_metrics(groups, asked)
 
     def _write(self, number: int, groups: Iterable[RolloutGroup]) -> None:
         """Keep a step's rollouts, on the first rank, and let older ones go; where that fails, all ranks end."""
         failure: LlmrlError | None = None
         if self.run.is_main:
-            rollouts = [rollout for group in groups for rollout in group.rollouts]
             folder = self.run.directory / "rollouts"
             try:
-                keep_rollouts(folder, number, rollouts, self.task.tokenizer.decode, self.config.save_rollouts)
+                keep_rollouts(folder, number, groups, self.task.tokenizer.decode, self.config.save_rollouts)
             except (OSError, TypeError, ValueError) as error:
                 what, remedy = f"{type(error).__name__}: {error}", "What is said and logged there must be JSON"
                 if isinstance(error, OSError):
@@ -177,17 +182,21 @@ class SampledRun:
 
 
 def keep_rollouts(
-    folder: Path, number: int, rollouts: Sequence[Rollout], decode: Callable[[list[int]], str], limit: int | None
+    folder: Path, number: int, groups: Iterable[RolloutGroup], decode: Callable[[list[int]], str], limit: int | None
 ) -> None:
-    """Write step_N.jsonl of step `number`, whole or not at all; of the files there, those of the `limit` newest steps
-    stay (None: of all), and none of steps to come, which an earlier attempt at the run may have left."""
+    """Write step_N.jsonl of step `number`, whole or not at all: a rollout a line, with its row's `answer` where there
+    is one. Of the files there, those of the `limit` newest steps stay (None: of all), and none of steps to come, which
+    an earlier attempt at the run may have left."""
     file = folder / f"step_{number}.jsonl"
     if limit != 0:
         folder.mkdir(exist_ok=True)
         temporary = file.with_name(f".tmp_{file.name}")
         try:
             with open(temporary, "w", encoding="utf-8") as out:
-                out.writelines(json.dumps(rollout.record(decode), default=str) + "\n" for rollout in rollouts)
+                for group in groups:
+                    answer = {"answer": group.row["answer"]} if "answer" in group.row else {}
+                    records = [{**rollout.record(decode), **answer} for rollout in group.rollouts]
+                    out.writelines(json.dumps(record, default=str) + "\n" for record in records)
         except BaseException:
             temporary.unlink(missing_ok=True)  # its room may be what a checkpoint needs
             raise
@@ -240,7 +249,10 @@ def check_sampling(config: SamplingConfig) -> list[str]:
     said: list[str] = []
     check_engine(config.engine)
     task = OnlineTask(config, said.append)
-    task.close()
+    try:
+        task.try_rewards()
+    finally:
+        task.close()
     task_problems(config.task_evaluation, config, task.tokenizer, said.append)
     steps = config.num_steps(len(task.data.train))
     said.append(f"{len(task.data.train)} prompts to train on, {len(task.data.heldout)} held out; {steps} steps")

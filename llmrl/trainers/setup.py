@@ -12,11 +12,18 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from llmrl import models
 from llmrl.config import ModelKeys, OptimizationKeys, TaskEvaluationKeys
 from llmrl.errors import RefusedError
-from llmrl.evaluation.tasks import TaskEvaluation, update_samples
+from llmrl.evaluation.samples import KeptSamples
+from llmrl.evaluation.tasks import TaskEvaluation, samples_of
 from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.loading import load_model, max_positions, precision
+from llmrl.learner.reference import FROZEN_UNDER_ZERO3
 from llmrl.learner.sharding import build_accelerator, zero_stage
-from llmrl.runs import Run
+from llmrl.runs import Run, ranks
+
+TASKS_UNDER_ZERO3 = (
+    "task_evaluation generates with the whole model on each process, which ZeRO-3 does not have; leave the section "
+    "out, or launch with ZeRO-2 or DDP"
+)
 
 
 class LearnerKeys(Protocol):
@@ -38,8 +45,11 @@ def build_learner(
 ) -> Learner:
     """The configured model in a learner, on whatever was launched; the first three arguments may be the same object.
 
-    `further`: LearnerOptions that the method sets.
+    `further`: LearnerOptions that the method sets. Raises RefusedError for what was launched otherwise than the keys
+    need, before anything is loaded where the launcher tells.
     """
+    if own.reference == "frozen" and ranks.zero_stage() == 3:
+        raise RefusedError(FROZEN_UNDER_ZERO3)
     dtype, mixed_precision = precision(model, optimization.mixed_precision, say)
     accelerator = build_accelerator(mixed_precision)
     set_seed(optimization.seed)
@@ -73,6 +83,8 @@ def task_problems(
     """The problems of a `task_evaluation` section, checked against the model that will answer them."""
     if keys is None:
         return None
+    if ranks.zero_stage() == 3:
+        raise RefusedError(TASKS_UNDER_ZERO3)
     return TaskEvaluation(keys, tokenizer, say, max_positions(models.resolve(model.model_name_or_path)))
 
 
@@ -86,19 +98,14 @@ def task_evaluation(
     if task is None:
         return dict
     if zero_stage(accelerator) == 3:
-        raise RefusedError(
-            "task_evaluation generates with the whole model on each process, which ZeRO-3 does not have; "
-            "leave the section out, or launch with ZeRO-2 or DDP"
-        )
-    label = "before" if run.checkpoint is None else "after"
+        raise RefusedError(TASKS_UNDER_ZERO3)
+    samples = KeptSamples(run.directory / "samples.json", "task", begun=run.checkpoint is not None)
 
     def evaluate() -> dict[str, dict[str, float]]:
-        nonlocal label
         with accelerator.autocast():  # answered in the precision that is trained in
             result = task(model, run.console.say)
         if run.is_main:
-            update_samples(run.directory / "samples.json", label, result)
-        label = "after"
+            samples.keep(samples_of(result))
         return {"task": result.metrics}
 
     return evaluate

@@ -12,7 +12,8 @@ from support.words import word_tokenizer
 
 from llmrl.config import TaskEvaluationKeys
 from llmrl.errors import RefusedError
-from llmrl.evaluation.tasks import TaskEvaluation, TaskResult, accuracy_metrics, answer, update_samples
+from llmrl.evaluation.samples import KeptSamples
+from llmrl.evaluation.tasks import TaskEvaluation, TaskResult, accuracy_metrics, answer, samples_of
 from llmrl.rollout.protocol import Completion, SamplingParams
 
 
@@ -91,21 +92,27 @@ def test_accuracy_interval_and_lengths():
     assert result.answered[2].truncated
 
 
-def test_samples_before_and_after_stand_beside_each_other(tmp_path):
+def test_the_first_and_the_latest_samples_stand_beside_each_other(tmp_path):
     file = tmp_path / "samples.json"
-    update_samples(file, "before", result_of(["1", "2", "3"], "1", "1", "1"))
-    update_samples(file, "after", result_of(["9", "1", "1"], "1", "1", "1"))
-    update_samples(file, "after", result_of(["1", "1", "1"], "1", "1", "1"))
+    KeptSamples(file, "other", begun=False).keep([{"prompt": "problem 1", "completions": []}])
+    kept = KeptSamples(file, "task", begun=False)
+    for said in (["1", "2", "3"], ["9", "1", "1"]):
+        kept.keep(samples_of(result_of(said, "1", "1", "1")))
+    KeptSamples(file, "task", begun=True).keep(samples_of(result_of(["1", "1", "1"], "1", "1", "1")))
     assert json.loads(file.read_text()) == [
-        {
-            "prompt": f"problem {i}",
-            "answer": "1",
-            "completions": [
-                {"label": "before", "text": str(i), "correct": i == 1},
-                {"label": "after", "text": "1", "correct": True},
-            ],
-        }
-        for i in (1, 2, 3)
+        {"evaluation": "other", "prompt": "problem 1", "completions": []},
+        *(
+            {
+                "evaluation": "task",
+                "prompt": f"problem {i}",
+                "answer": "1",
+                "completions": [
+                    {"label": "before", "text": str(i), "correct": i == 1},
+                    {"label": "after", "text": "1", "correct": True},
+                ],
+            }
+            for i in (1, 2, 3)
+        ),
     ]
 
 

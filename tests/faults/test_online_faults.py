@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import yaml
-from support.online_run import REWARD, run_online, write_online_config
+from support.online_run import METHODS, REWARD, run_online, write_online_config
 from support.recipe_run import metrics
 
 import llmrl.runs.report
+import llmrl.trainers.setup
+from llmrl.errors import RefusedError
 from llmrl.learner.sharding import PlainBackend
 from llmrl.runs import checkpoints
 from llmrl.trainers import checks, loop
 from llmrl.trainers.engines import left_for_servers
+from llmrl.trainers.loop import LOOPConfig
 
 Said = pytest.CaptureFixture[str]
 
@@ -419,6 +422,44 @@ def test_what_is_wrong_with_the_configuration_is_refused_and_nothing_is_left(
     tmp_path: Path, capsys: Said, settings: dict[str, Any], words: list[str]
 ) -> None:
     refused(capsys, tmp_path, *words, **settings)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ('raise ValueError("no words")', ["reward function own, tried with one short answer, raised", "no words"]),
+        ("return [1.0] * 3", ["tried with one short answer", "reward function own returned 3 values"]),
+        ("time.sleep(60)", ["reward function own, tried with one short answer, gave no answer within 0.2 s"]),
+    ],
+)
+def test_check_tries_each_of_the_users_reward_functions_once(tmp_path: Path, body: str, words: list[str]) -> None:
+    own = "import time\n\ndef {name}(completions, answer, log_metric, trainer_state, **columns):\n    {body}\n"
+    sound = "log_metric('called', 1); return [float(text is not None) for text in completions]"
+    (tmp_path / "own.py").write_text(own.format(name="own", body=body) + own.format(name="sound", body=sound))
+    settings = {"reward_timeout_seconds": 0.2, "rewards": [f"{tmp_path / 'own.py'}:sound"]}
+    check = METHODS["loop"].check
+    check(LOOPConfig(**yaml.safe_load(write_online_config(tmp_path, **settings).read_text())))
+    settings["rewards"] = [*settings["rewards"], f"{tmp_path / 'own.py'}:own"]
+    with pytest.raises(RefusedError) as refusal:
+        check(LOOPConfig(**yaml.safe_load(write_online_config(tmp_path, **settings).read_text())))
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "engine.kind huggingface samples with the whole model"),
+        ({"engine": {"kind": "vllm_server"}, "task_evaluation": {"dataset_name": "x"}}, "task_evaluation generates"),
+        ({"engine": {"kind": "vllm_server"}, "algorithm": "grpo"}, "reference: frozen keeps a whole copy"),
+    ],
+)
+def test_what_zero3_cannot_have_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setattr(llmrl.trainers.setup, "load_model", None)
+    refused(capsys, tmp_path, words, **settings)
 
 
 def test_a_missing_answer_column_is_refused(tmp_path: Path, capsys: Said, prompts: Path) -> None:

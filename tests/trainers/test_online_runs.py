@@ -3,10 +3,12 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from support.online_run import METHODS, evals, run_online, write_online_config
-from support.recipe_run import metrics
+from support.recipe_run import final_weights, metrics
 
 
 @pytest.fixture
@@ -51,6 +53,19 @@ def test_what_a_run_leaves_behind(tmp_path: Path, method: str) -> None:
     assert (run / "final" / "adapter_config.json").exists()
     record = json.loads((run / "rollouts" / "step_1.jsonl").read_text().splitlines()[0])
     assert {"row", "sample", "reward", "scores", "end_state", "prompt", "messages", "policy_versions"} <= record.keys()
+    (completion,) = record["completions"]
+    assert record["messages"][0]["content"] in completion
+    assert record["answer"] == "1"
+    heldout = json.loads((run / "samples.json").read_text())
+    assert len(heldout) == evals(run)[0]["metrics"]["n"]
+    for sample in heldout:
+        assert [(one["label"], one["reward"] is None) for one in sample["completions"]] == [
+            ("before", False), ("after", False),
+        ]  # fmt: skip
+    for name, entry in (("before", evals(run)[0]), ("after", evals(run)[-1])):
+        rewards = [one["reward"] for sample in heldout for one in sample["completions"] if one["label"] == name]
+        assert sum(rewards) / len(rewards) == pytest.approx(entry["metrics"]["reward"])
+    assert "before, reward" in (run / "report.html").read_text()
 
 
 @pytest.mark.usefixtures("no_report")
@@ -61,3 +76,35 @@ def test_the_sampler_is_never_stale(tmp_path: Path) -> None:
     for line in metrics(tmp_path / "run"):
         assert line["sampling/sampling_logp_difference/max"] < 1e-4
         assert line["approx_kl"] > 0  # and yet the policy moved within the step
+
+
+@pytest.mark.usefixtures("no_report")
+def test_with_a_constant_rate_a_run_may_be_resumed_for_more_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, resume = write_online_config(tmp_path), ("--resume_from_checkpoint", "latest")
+    assert run_online("loop", config, "--output_dir", str(tmp_path / "whole")) == 0
+    assert run_online("loop", config, "--max_steps", "2") == 0
+    assert run_online("loop", config, "--max_steps", "1", *resume) == 2
+    assert "max_steps: 2 -> 1" in capsys.readouterr().err
+    assert run_online("loop", config, "--lr_scheduler_type", "linear", *resume) == 2
+    assert "max_steps: 2 -> 4" in capsys.readouterr().err
+    assert run_online("loop", config, *resume) == 0
+    assert final_weights(tmp_path / "run") == final_weights(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "free"),
+    [
+        ("loop", {}, True), ("loop", {"lr_scheduler_type": "cosine"}, False),
+        ("loop", {"max_staleness": 1, "engine": {"kind": "vllm"}}, False),
+        ("rlsp", {"rewards": None, "verifier": "exact_match", "samples_per_prompt": 1}, True),
+        ("rlsp", {"rewards": None, "verifier": "exact_match", "samples_per_prompt": 1, "alpha_end": 0.5}, False),
+    ],
+)  # fmt: skip
+def test_where_a_step_knows_how_many_there_are_their_number_stays(
+    tmp_path: Path, method: str, settings: dict[str, Any], free: bool
+) -> None:
+    config = METHODS[method].Config(**yaml.safe_load(write_online_config(tmp_path, **settings).read_text()))
+    assert config.length_is_free == free

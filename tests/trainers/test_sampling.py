@@ -147,11 +147,20 @@ def test_rollouts_are_kept_of_as_many_steps_as_asked_for(tmp_path: Path, limit: 
 def test_files_of_steps_to_come_are_of_an_earlier_attempt_and_go(tmp_path: Path) -> None:
     for name in ("step_1.jsonl", "step_2.jsonl", "step_10.jsonl", "step_3.jsonl.gz", "notes.txt"):
         (tmp_path / name).write_text("")
-    keep_rollouts(tmp_path, 2, [group(0, 1.0).rollouts[0]], str, None)
+    keep_rollouts(tmp_path, 2, [group(0, 1.0)], str, None)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "notes.txt", "step_1.jsonl", "step_2.jsonl", "step_3.jsonl.gz",
     ]  # fmt: skip
     assert json.loads((tmp_path / "step_2.jsonl").read_text())["reward"] == 1.0
+
+
+def test_a_rollout_is_kept_with_its_answer_and_the_very_tokens_that_were_sampled(tmp_path: Path) -> None:
+    one = group(0, 1.0)
+    one.row["answer"], one.rollouts[0].pieces = 7, [[5, 6, 8, 9]]
+    one.rollouts[0].turns.append(Turn(0, 3, 4, [-0.5], "stop", 3))
+    keep_rollouts(tmp_path, 1, [one], str, None)
+    kept = json.loads((tmp_path / "step_1.jsonl").read_text())
+    assert (kept["completions"], kept["answer"]) == (["[6]", "[9]"], 7)
 
 
 PICKY = (
