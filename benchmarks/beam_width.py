@@ -46,15 +46,15 @@ def main() -> None:
     resumes = arguments.resume and arguments.measurements.exists()
     done: Measurements = json.loads(arguments.measurements.read_text()) if resumes else {}
     for name in arguments.policies:
+        widths = [1, 2] if arguments.quick else arguments.widths
+        if not (missing := [(by, width) for width in widths for by in BY if label(name, by, width) not in done]):
+            continue
         study = Study(name, arguments.folder, 8 if arguments.quick else PROBLEMS[name])
-        for width in [1, 2] if arguments.quick else arguments.widths:
-            for by in BY:
-                if label(name, by, width) in done:
-                    continue
-                done[label(name, by, width)] = one = study.measured(by, width)
-                arguments.measurements.parent.mkdir(parents=True, exist_ok=True)
-                arguments.measurements.write_text(json.dumps(done, indent=1) + "\n")
-                print(f"{label(name, by, width)}: {fmean(one['correct']):.3f}", file=sys.stderr, flush=True)
+        for by, width in missing:
+            done[label(name, by, width)] = one = study.measured(by, width)
+            arguments.measurements.parent.mkdir(parents=True, exist_ok=True)
+            arguments.measurements.write_text(json.dumps(done) + "\n")
+            print(f"{label(name, by, width)}: {fmean(one['correct']):.3f}", file=sys.stderr, flush=True)
     text = report(done, os.path.relpath(arguments.picture, arguments.document.parent))
     document.write_section(arguments.document, "beam_width", text)
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def report(done: Measurements, picture_path: str) -> str:
     conditions = (
         f"`{document.command()}`, {measuring.today()}. {measuring.hardware()}; threads: "
         f"{' or '.join(map(str, threads))}; load average {min(loads):.1f} to {max(loads):.1f}. "
-        f"{measuring.versions('torch', 'transformers')}. The policies are those of *Credit*, below or above."
+        f"{measuring.versions('torch', 'transformers')}. The policies are those of the section on credit."
     )
     rows = [_row(name, by, width, done) for name, by, width in _measured(done)]
     shown = f"![accuracy and length against width]({picture_path})"
