@@ -155,9 +155,11 @@ def train(
 ) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
     from llmrl.objectives.direct_advantage import DirectAdvantage
+    from llmrl.trainers.direct_advantage_critic import refuse_split
     from llmrl.trainers.direct_advantage_rounds import Rounds
     from llmrl.trainers.sampled_run import SampledRun
 
+    refuse_split()
     objective = DirectAdvantage(config.beta, config.average).objective()
     with SampledRun(
         config, run, needs_reference=False, total_steps=config.max_steps, dataset=dataset, callbacks=callbacks

@@ -20,9 +20,10 @@ from llmrl.errors import RefusedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.loading import load_model
 from llmrl.learner.sequences import Group, TokenSequence
-from llmrl.learner.sharding import build_accelerator, zero_stage
+from llmrl.learner.sharding import build_accelerator
 from llmrl.learner.value_head import load_value_head, save_value_head
 from llmrl.objectives.direct_advantage import SuccessRateCritic
+from llmrl.runs import ranks
 
 Say = Callable[[str], None]
 Tell = Callable[[int, int], None]
@@ -39,9 +40,9 @@ class CriticTraining:
     seed: int = 0
 
 
-def refuse_split(actor: Learner) -> None:
+def refuse_split() -> None:
     """A critic is a second model; raises RefusedError where the first one cannot be copied."""
-    if zero_stage(actor.accelerator) == 3:
+    if ranks.zero_stage() == 3:
         raise RefusedError(
             "direct_advantage copies the actor for its critic, and under ZeRO-3 no process has the whole of it: launch "
             "with ZeRO-2 or DDP (launch/accelerate/zero2.yaml, ddp8.yaml), and use_peft: true where memory is short"
@@ -62,7 +63,7 @@ def critic_of(actor: Learner, training: CriticTraining, num_steps: int) -> Learn
         value_head=True,
         value_gradient=True,
     )
-    refuse_split(actor)
+    refuse_split()
     return Learner(deepcopy(actor.causal_lm), options, build_accelerator(actor.accelerator.mixed_precision), _silent)
 
 

@@ -61,7 +61,6 @@ class Rounds:
     def __init__(self, config: DirectAdvantageConfig, sampled: SampledRun) -> None:
         self.config, self.sampled, self.run = config, sampled, sampled.run
         self.learner, self.accelerator = sampled.learner, sampled.learner.accelerator
-        critics.refuse_split(self.learner)
         self.split = segmenter(config)
         self.metrics: Tallies = {}
         self._number, self._weights, self._groups = -1, "", list[Group]()

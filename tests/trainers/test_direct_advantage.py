@@ -286,11 +286,14 @@ def test_what_is_no_critic_is_refused(tmp_path: Path) -> None:
         critics.load(other, keys, learner)
 
 
-def test_zero_3_is_refused_before_anything_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner, _ = actor(tmp_path / "model", False)
-    monkeypatch.setattr(critics, "zero_stage", lambda accelerator: 3)
-    with pytest.raises(RefusedError, match=r"launch with ZeRO-2 or DDP"):
-        critics.refuse_split(learner)
+@pytest.mark.usefixtures("_quick")
+def test_zero_3_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(critics.ranks, "zero_stage", lambda: 3)
+    monkeypatch.setattr("llmrl.trainers.sampled_run.SampledRun.__init__", deadly(lambda *given, **named: None, 1))
+    assert run(write_config(tmp_path, engine={"kind": "vllm_server"})) == 2
+    assert "launch with ZeRO-2 or DDP" in " ".join(capsys.readouterr().err.split())
 
 
 # -- configuration ---------------------------------------------------------------------------------------------------
