@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -95,7 +94,7 @@ class Study:
         from llmrl.learner.sequences import completion
         from llmrl.rewards.answers import is_correct
 
-        implicit, load, began = self.model.implicit, os.getloadavg()[0], time.perf_counter()
+        implicit, load = self.model.implicit, os.getloadavg()[0]
         reference = None if implicit.reference is None else implicit.reference.causal_lm
         search = BeamSearch(
             implicit.policy.causal_lm,
@@ -107,7 +106,6 @@ class Study:
         )
         prompts = [problem["prompt_ids"] for problem in self.problems]
         found = search(prompts, MAX_NEW_TOKENS, Ticker(self.say, f"{label(self.name, by, width)}: problems answered"))
-        seconds = time.perf_counter() - began
         groups = [(completion(p, f.token_ids),) for p, f in zip(prompts, found, strict=True)]
         both = [scored[0] for scored in implicit.logprobs(groups)]
         texts = [self.model.tokenizer.decode(f.token_ids, skip_special_tokens=True) for f in found]
@@ -115,9 +113,8 @@ class Study:
             "correct": [is_correct(text, p["answer"]) for text, p in zip(texts, self.problems, strict=True)],
             "lengths": [len(f.token_ids) for f in found],
             "ended": [f.ended for f in found],
-            "logprobs": [float(mine.sum()) for mine, _ in both],
-            "rewards": [implicit.beta * float((mine - theirs).sum()) for mine, theirs in both],
-            "seconds": seconds,
+            "logprobs": [round(float(mine.sum()), 5) for mine, _ in both],
+            "rewards": [round(implicit.beta * float((mine - theirs).sum()), 5) for mine, theirs in both],
             "load": load,
             "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         }
@@ -132,9 +129,9 @@ and by the implicit reward alone, beta (log pi - log pi_ref), among tokens that 
 policy as its likeliest. Width 1 by likelihood is greedy decoding. At most {MAX_NEW_TOKENS} new tokens. Accuracy is that
 of the answer's final number (the reward `correct_number`), with Wilson's 95% interval; the gain over greedy decoding is
 on the same problems, with Newcombe's interval for paired shares; length is in tokens, the one that ends the answer
-included; log pi and reward are means of the answers' sums; seconds are those of the search, beside other work."""
+included; log pi and reward are means of the answers' sums."""
 HEADER = ["policy", "by", "width", "problems", "accuracy", "gain over greedy, points", "mean length", "ended",
-          "log pi", "implicit reward", "seconds"]  # fmt: skip
+          "log pi", "implicit reward"]  # fmt: skip
 
 
 def report(done: Measurements, picture_path: str) -> str:
@@ -184,7 +181,6 @@ def _row(name: str, by: str, width: int, done: Measurements) -> list[str]:
         f"{fmean(one['ended']):.0%}",
         f"{fmean(one['logprobs']):.2f}",
         f"{fmean(one['rewards']):+.3f}",
-        f"{one['seconds']:.0f}",
     ]
 
 

@@ -71,7 +71,7 @@ def test_the_table_and_picture_of_widths_say_what_was_measured() -> None:
     import beam_width
 
     def one(right: int, length: int) -> dict[str, Any]:
-        same = {"ended": [True] * 10, "logprobs": [-1.0] * 10, "rewards": [0.5] * 10, "seconds": 3.0}
+        same = {"ended": [True] * 10, "logprobs": [-1.0] * 10, "rewards": [0.5] * 10}
         return {
             "correct": [i < right for i in range(10)], "lengths": [length, length + 2] * 5, "load": 1.0, "threads": 1,
             **same,
