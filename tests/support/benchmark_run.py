@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from support.forked import ended, fork
 from support.recipe_run import ROOT
 
@@ -23,6 +24,7 @@ def run_benchmark(script: str, *arguments: str, log: Path) -> None:
 
 
 def _main(script: str, arguments: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)  # a pool of threads would not live on in what is forked from here
     sys.argv = [script, *arguments]
     module = _module(script)
     if hasattr(module, "in_own_process"):
