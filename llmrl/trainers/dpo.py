@@ -14,6 +14,7 @@ from llmrl.trainers.offline_config import PairKeys, describe_groups
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from llmrl.learner.sequences import Floats, Group
     from llmrl.runs import Run
 
 
@@ -64,6 +65,7 @@ def check(config: DPOConfig) -> list[str]:
 
 def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
+    from llmrl.evaluation.implicit import learner_drift
     from llmrl.evaluation.preferences import preference_metrics
     from llmrl.objectives.dpo import DPO
     from llmrl.trainers.offline import OfflineRun, pair, preference_data
@@ -71,7 +73,11 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     tokenizer, data = preference_data(config, run.note, dataset)
     objective = DPO(config.beta, config.loss_type, config.label_smoothing, config.rpo_alpha).objective()
     offline = OfflineRun(config, run, tokenizer, data, config.pairs_per_step, callbacks=callbacks)
-    offline.prepare(pair, {"preference": partial(preference_metrics, objective=objective)})
+
+    def heldout(groups: "list[Group]", logprobs: "list[list[Floats]]") -> dict[str, float]:
+        return preference_metrics(groups, logprobs, objective) | learner_drift(offline.learner, groups, config.beta)
+
+    offline.prepare(pair, {"preference": heldout})
     for step in offline.session.steps():
         offline.session.record(offline.learner.update(offline.groups(step), objective))
     offline.session.finish()

@@ -26,6 +26,8 @@ def test_a_whole_run_and_its_repetition_from_its_own_config(tmp_path: Path) -> N
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "completed"
     assert summary["eval_before"]["preference"]["rewards/accuracies"] == 0.5
+    assert summary["eval_before"]["preference"]["reference_drift"] == pytest.approx(0, abs=1e-7)
+    assert summary["eval_after"]["preference"]["reference_drift"] < 0  # -beta KL(reference || policy)
 
     finish("dpo", run / "config.yaml", "--output_dir", str(tmp_path / "again"))
     assert final_weights(tmp_path / "again") == final_weights(run)
