@@ -139,6 +139,15 @@ def test_a_saturated_start_is_said_with_the_alpha_that_would_do(
     assert float(said[1]) == pytest.approx(20 / metrics(tmp_path / "run")[0]["cpl/logit_abs"], rel=0.05)
 
 
+def test_nothing_but_ties_trains_and_claims_no_accuracy(tmp_path: Path) -> None:
+    data = make_segments(tmp_path / "segments.jsonl", 20)
+    rows = [{**json.loads(line), "label": 0.5} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(configured(tmp_path, dataset_name=str(data), max_steps=2, bc_steps=0)) == 0
+    assert all(line["cpl/ties"] == 1 and "rewards/accuracies" not in line for line in metrics(tmp_path / "run"))
+    assert all(set(e["metrics"]) == {"loss", "n"} for e in json.loads((tmp_path / "run" / "evals.json").read_text()))
+
+
 def test_choosing_the_method_alone_is_the_published_algorithm(tmp_path: Path) -> None:
     """Two fifths of the steps clone; then CPL's own alpha and lambda, at a rate that starts anew."""
     assert run(configured(tmp_path, max_steps=5)) == 0
