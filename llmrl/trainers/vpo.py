@@ -46,10 +46,8 @@ class VPOConfig(PairKeys):
     @model_validator(mode="after")
     def _sampling_is_asked_for(self) -> Self:
         for name in ("calibration_samples", "calibration_max_tokens"):
-            if self.calibration != "reference" and name in self.model_fields_set:
-                default = type(self).model_fields[name].default
-                if getattr(self, name) != default:
-                    raise ValueError(f"{name} has no meaning with calibration {self.calibration}, which samples none")
+            if self.calibration != "reference" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no meaning with calibration {self.calibration}, which samples none")
         return self
 
 
@@ -58,10 +56,13 @@ Config = VPOConfig
 
 def describe(config: VPOConfig, world_size: int) -> dict[str, str | int | float]:
     """The derived batch arithmetic, from the configuration alone."""
-    of_pair = {"reference": f"{2 + config.calibration_samples} of each pair", "column": "2 of each pair and those of "
-               "its calibration"}.get(config.calibration)  # fmt: skip
+    sequences = None  # none but the pair's
+    if config.calibration == "reference":
+        sequences = f"{2 + config.calibration_samples} of each pair"
+    elif config.calibration == "column":
+        sequences = "2 of each pair and those of its calibration"
     return {
-        **describe_groups(config, world_size, config.pairs_per_step, sequences=of_pair),
+        **describe_groups(config, world_size, config.pairs_per_step, sequences=sequences),
         "calibration": f"{config.calibration}, weight alpha x beta = {config.alpha * config.beta:g} a nat",
     }
 

@@ -13,7 +13,7 @@ from llmrl.config.parse import parse
 from llmrl.errors import RefusedError
 from llmrl.learner.sequences import TokenSequence
 from llmrl.runs.launch import run_command
-from llmrl.trainers import dpo, vpo
+from llmrl.trainers import calibration, dpo, vpo
 from llmrl.trainers.calibration import FILE, read_answers, write_answers
 
 
@@ -118,6 +118,16 @@ def test_refusals(
     message = capsys.readouterr().err
     assert "Traceback" not in message
     assert all(word in message for word in words), message
+    assert not folder.exists()
+
+
+def test_samples_of_a_model_that_is_nowhere_whole_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "zero_stage", lambda accelerator: 3)
+    folder = run(tmp_path, code=2, calibration="reference")
+    message = capsys.readouterr().err
+    assert all(word in message for word in ("calibration: reference", "ZeRO-3", "calibration: column")), message
     assert not folder.exists()
 
 
