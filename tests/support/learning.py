@@ -38,3 +38,11 @@ def assert_rises(gains: Sequence[float], by: float) -> None:
     mean = fmean(gains)
     assert mean > by, gains
     assert mean > T_975 * stdev(gains) / math.sqrt(len(gains)), gains
+
+
+def assert_rises_on(run: Path, score: str, rows: int) -> None:
+    """A share of `rows` held-out rows is so far above the first evaluation's that chance would not do it: 2.6 standard
+    errors, once in 200 times. They are those of two samples of rows; of the same rows twice they are smaller."""
+    first, *_, last = (entry["metrics"][score] for entry in evals(run))
+    error = math.sqrt((first * (1 - first) + last * (1 - last)) / rows)
+    assert last - first > 2.6 * error, (first, last)
