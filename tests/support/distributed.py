@@ -1,7 +1,7 @@
 """One update in each of however many ranks; rank 0 saves what came out. Used by tests/learner/test_sharding.py.
 
-Settings: `model` and `out` (folders), use_peft, tokens_per_microbatch, form, checkpointing, critic (alone or beside the
-policy), methods (one update with each objective of groups), options (of the learner).
+Settings: `model` and `out` (folders), pairs (how many), use_peft, tokens_per_microbatch, form, checkpointing, critic
+(alone or beside the policy), methods (one update with each objective of groups), options (of the learner).
 """
 
 import json
@@ -189,7 +189,7 @@ def run(settings: dict[str, Any]) -> None:
     learner = build(settings)
     # A parameter that ZeRO-3 has split is empty outside a forward or backward pass.
     split = all(parameter.numel() == 0 for parameter in learner.causal_lm.parameters())
-    groups = random_pairs(np.random.default_rng(3), 7)
+    groups = random_pairs(np.random.default_rng(3), settings.get("pairs", 7))
     if learner.reference_kind == "precomputed":
         # A reference that is not the policy, so that the pairs weigh differently.
         groups = [
