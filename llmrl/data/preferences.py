@@ -81,6 +81,8 @@ def prepare_preferences(
     Raises RefusedError naming source, row, column and remedy.
     """
     train, heldout = train_and_heldout(config, say, dataset)
+    if CALIBRATION in train.table.column_names and not calibration:
+        say(f"data: {train.where}: the column `{CALIBRATION}` is not read (VPO reads it with calibration: column)")
     encoder = Encoder(tokenizer, stop_token_ids)
     counts = Counter(dict.fromkeys(("rows", "train_rows", "heldout_rows", *COUNTED), 0))
     fingerprints: list[Fingerprint] = []

@@ -385,8 +385,10 @@ def test_calibration_answers_follow_the_prompt_like_the_pair(
 ) -> None:
     data = prepared(chat, [{**pair, "calibration": written}] * 2, calibration=True)
     assert calibration_of(chat, data) == expected
-    without = prepared(chat, [{**pair, "calibration": written}] * 2)
+    said: list[str] = []
+    without = prepared(chat, [{**pair, "calibration": written}] * 2, say=said.append)
     assert "calibration_ids" not in without.train.column_names
+    assert any("the column `calibration` is not read" in line for line in said)
     assert data.fingerprint != without.fingerprint
     assert without.fingerprint == prepared(chat, [pair] * 2).fingerprint
 
