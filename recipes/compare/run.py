@@ -44,14 +44,15 @@ class Method:
 
 
 PAIRS = str(COMPLETIONS_PER_STEP // 2)
+OF_PAIRS = ("--learning_rate", "5e-5")  # that of all three alike: their presets' are for other pairs
 METHODS = {
     "sft_best": Method(
         "SFT on the best", "sft/run.py", "sft/tiny.yaml", "best",
         ("--sequences_per_step", str(COMPLETIONS_PER_STEP), "--learning_rate", "3e-4"),
     ),
-    "dpo": Method("DPO", "dpo/run.py", "dpo/tiny.yaml", "pairs", ("--pairs_per_step", PAIRS)),
-    "vpo": Method("VPO", "vpo/run.py", "vpo/tiny.yaml", "pairs", ("--pairs_per_step", PAIRS)),
-    "cpl": Method("CPL", "cpl/run.py", "cpl/tiny.yaml", "pairs", ("--comparisons_per_step", PAIRS)),
+    "dpo": Method("DPO", "dpo/run.py", "dpo/tiny.yaml", "pairs", ("--pairs_per_step", PAIRS, *OF_PAIRS)),
+    "vpo": Method("VPO", "vpo/run.py", "vpo/tiny.yaml", "pairs", ("--pairs_per_step", PAIRS, *OF_PAIRS)),
+    "cpl": Method("CPL", "cpl/run.py", "cpl/tiny.yaml", "pairs", ("--comparisons_per_step", PAIRS, *OF_PAIRS)),
     "brain": Method(
         "BRAIn", "brain/run_offline.py", "brain/offline.yaml", "scored",
         ("--prompts_per_step", str(COMPLETIONS_PER_STEP // SAMPLES_PER_PROMPT)),
