@@ -25,7 +25,7 @@ from llmrl.objectives.presets import preset
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Completion, SamplingParams
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
-from llmrl.trainers.experience import Experience
+from llmrl.trainers.online.experience import Experience
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,

@@ -110,8 +110,8 @@ def run_llmrl(cell: Cell, folder: Path, way: str, use_peft: bool, meter: Meter) 
 
     from llmrl.runs import Run
     from llmrl.trainers import loop
-    from llmrl.trainers.experience import Experience
-    from llmrl.trainers.online import OnlineRun
+    from llmrl.trainers.online.experience import Experience
+    from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
 
     found: dict[str, Any] = {}
     file = folder / "rollouts.json"
@@ -124,9 +124,13 @@ def run_llmrl(cell: Cell, folder: Path, way: str, use_peft: bool, meter: Meter) 
             meter.stop()
             raise MeasuredError
 
-    own_collect, own_experience, own_improve = OnlineRun.collect, OnlineRun.experience, OnlineRun.improve
+    own_collect, own_experience, own_improve = (
+        PolicyGradientRun.collect,
+        PolicyGradientRun.experience,
+        PolicyGradientRun.improve,
+    )
 
-    def collect(run: OnlineRun, step: int) -> Any:
+    def collect(run: PolicyGradientRun, step: int) -> Any:
         if way not in ("sample", "loop"):
             return kept_rollouts(file)
         collected = own_collect(run, step)
@@ -134,17 +138,17 @@ def run_llmrl(cell: Cell, folder: Path, way: str, use_peft: bool, meter: Meter) 
             file.write_text(json.dumps([asdict(group) for group in collected.groups]))
         return collected
 
-    def experience(run: OnlineRun, collected: Any) -> Experience:
+    def experience(run: PolicyGradientRun, collected: Any) -> Experience:
         return Experience(collected.groups) if way == "nll" else own_experience(run, collected)
 
-    def improve(run: OnlineRun, experience: Experience, step: int) -> dict[str, float]:
+    def improve(run: PolicyGradientRun, experience: Experience, step: int) -> dict[str, float]:
         found["scored_tokens"] = sum(sample.num_scored for sample in experience.samples)
         if way == "nll":
             run.objective = cross_entropy()
         return own_improve(run, experience, step)
 
     config = loop_config(cell, folder, way, use_peft)
-    ways = replaced(OnlineRun, collect=collect, experience=experience, improve=improve)
+    ways = replaced(PolicyGradientRun, collect=collect, experience=experience, improve=improve)
     with ways, contextlib.suppress(MeasuredError):
         loop.train(config, Run.open(config), callbacks=[Watch()])
     return found

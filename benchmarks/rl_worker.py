@@ -53,7 +53,7 @@ def llmrl_config(cell: Cell, folder: Path) -> Any:
 
 
 def update_llmrl(cell: Cell, folder: Path, meter: Meter) -> dict[str, Any]:
-    from llmrl.trainers.sampled_run import sampled_learner
+    from llmrl.trainers.online.run import sampled_learner
 
     config = llmrl_config(cell, folder)
     algorithm = config.resolve()
@@ -95,7 +95,7 @@ def steps_llmrl(cell: Cell, folder: Path, meter: Meter) -> dict[str, Any]:
 
     from llmrl.runs import Run
     from llmrl.trainers import loop
-    from llmrl.trainers.online import OnlineRun
+    from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
 
     logged: list[dict[str, float]] = []
 
@@ -114,7 +114,7 @@ def steps_llmrl(cell: Cell, folder: Path, meter: Meter) -> dict[str, Any]:
                 raise MeasuredError
 
     config = llmrl_config(cell, folder)
-    with timed(OnlineRun, "collect") as rollout, contextlib.suppress(MeasuredError):
+    with timed(PolicyGradientRun, "collect") as rollout, contextlib.suppress(MeasuredError):
         loop.train(config, Run.open(config), callbacks=[Watch()])
     return {
         "rollout_seconds": rollout,

@@ -1,7 +1,9 @@
 """One file per method (`METHODS` names them): its configuration and its loop. Beside them stands what methods share.
 
 `setup` builds learners and evaluators, `session` is what surrounds the steps, `checks` is what `llmrl check` says of
-memory and disk; `supervised`, `trl_session` and `trl_bridge` are the same for the methods that TRL trains.
+memory and disk. Folders: `offline` is what methods on a fixed set of groups share, `online` what methods share that
+sample from their policy, `with_trl` what those share that TRL trains; `direct_advantage_rounds` is parts of one method,
+as `brain_update`, `calibration`, `reward_fits` and `vpo_rounds` are parts of others.
 
 A method's module offers `Config`, `describe(config, world_size)`, `check(config)` and `train(config, run)`, and imports
 torch only inside functions, so that a command line can be checked at once.

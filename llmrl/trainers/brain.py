@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from llmrl.config import Keys
 from llmrl.config.keys import SchedulerType
-from llmrl.trainers.sampling_command import check, describe_sampling, reward_in_words
-from llmrl.trainers.sampling_config import SamplingConfig
+from llmrl.trainers.online.command import check, describe_sampling, reward_in_words
+from llmrl.trainers.online.config import SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -120,8 +120,8 @@ def describe(config: BRAInConfig, world_size: int) -> dict[str, str | int | floa
 def train(config: BRAInConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
     from llmrl.trainers.brain_update import SampleSizeWatch, improve
-    from llmrl.trainers.experience import Experience, advance_schedule, means_of_updates
-    from llmrl.trainers.sampled_run import SampledRun, tells_apart
+    from llmrl.trainers.online.experience import Experience, advance_schedule, means_of_updates
+    from llmrl.trainers.online.run import SampledRun, tells_apart
 
     brain, watch = config.objective(config.proposal), SampleSizeWatch(run.note, REMEDY)
     with SampledRun(config, run, needs_reference=True, dataset=dataset, callbacks=callbacks) as sampled:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.trainers.brain import BRAInKeys
-from llmrl.trainers.offline_config import OfflineKeys, describe_groups
+from llmrl.trainers.offline.config import OfflineKeys, describe_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -64,7 +64,7 @@ def describe(config: BRAInOfflineConfig, world_size: int) -> dict[str, str | int
 
 def check(config: BRAInOfflineConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.offline import check_offline
+    from llmrl.trainers.offline.run import check_offline
 
     return check_offline(config, lambda say: _data(config, say), config.prompts_per_step, "prompts")
 
@@ -76,7 +76,7 @@ def train(
     from functools import partial
 
     from llmrl.trainers.brain_update import SampleSizeWatch, heldout_metrics, improve
-    from llmrl.trainers.offline import OfflineRun
+    from llmrl.trainers.offline.run import OfflineRun
 
     brain, watch = config.objective(config.proposal), SampleSizeWatch(run.note, REMEDY)
     tokenizer, data = _data(config, run.note, dataset)
@@ -135,7 +135,7 @@ def _data(
     config: BRAInOfflineConfig, say: Callable[[str], None], dataset: Any = None
 ) -> "tuple[PreTrainedTokenizerBase, ScoredData]":
     from llmrl.data.scored import prepare_scored
-    from llmrl.trainers.offline import tokenizer_of
+    from llmrl.trainers.offline.run import tokenizer_of
 
     tokenizer, stops = tokenizer_of(config)
     return tokenizer, prepare_scored(

@@ -18,7 +18,7 @@ from llmrl.learner.batches import scored_tokens
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Floats, Group, totals
 from llmrl.objectives.brain import BRAIn, WeightedLikelihood
-from llmrl.trainers.experience import within_budget
+from llmrl.trainers.online.experience import within_budget
 
 COLLAPSED, STEPS_COLLAPSED = 1.2, 5
 """Effective samples of a prompt, on average, under which it is said that the target rests on one; after so many steps

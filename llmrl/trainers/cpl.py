@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.errors import RefusedError
-from llmrl.trainers.offline_config import OfflineKeys, describe_groups
+from llmrl.trainers.offline.config import OfflineKeys, describe_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -121,7 +121,7 @@ def describe(config: CPLConfig, world_size: int) -> dict[str, str | int | float]
 
 def check(config: CPLConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.offline import check_offline, num_steps
+    from llmrl.trainers.offline.run import check_offline, num_steps
 
     def load(say: Callable[[str], None]) -> "tuple[PreTrainedTokenizerBase, ComparisonData]":
         tokenizer, data = _data(config, say)
@@ -135,7 +135,7 @@ def check(config: CPLConfig) -> list[str]:
 def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
     from llmrl.objectives.cpl import BehaviourCloning
-    from llmrl.trainers.offline import OfflineRun, num_steps
+    from llmrl.trainers.offline.run import OfflineRun, num_steps
 
     tokenizer, data = _data(config, run.note, dataset)
     total_steps = num_steps(config, config.comparisons_per_step, len(data.train))
@@ -207,7 +207,7 @@ def heldout_metrics(groups: "list[Group]", logprobs: "list[list[Floats]]", cpl: 
     """As `preference_metrics`. While a policy that will be the reference is still being cloned, it is compared with
     itself: every score is 0, and half of the comparisons count as right."""
     from llmrl.evaluation.preferences import preference_metrics
-    from llmrl.trainers.offline import with_reference
+    from llmrl.trainers.offline.run import with_reference
 
     if cpl.reference and any(s.reference_logprobs is None for g in groups for s in g):
         groups = [with_reference(g, known) for g, known in zip(groups, logprobs, strict=True)]
@@ -218,7 +218,7 @@ def _data(
     config: CPLConfig, say: Callable[[str], None], dataset: Any = None
 ) -> "tuple[PreTrainedTokenizerBase, ComparisonData]":
     from llmrl.data.comparisons import prepare_comparisons
-    from llmrl.trainers.offline import tokenizer_of
+    from llmrl.trainers.offline.run import tokenizer_of
 
     tokenizer, stops = tokenizer_of(config)
     return tokenizer, prepare_comparisons(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import Positive, SchedulerType, Text
-from llmrl.trainers.sampling_config import SamplingConfig
+from llmrl.trainers.online.config import SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -112,7 +112,7 @@ Config = DirectAdvantageConfig
 def describe(config: DirectAdvantageConfig, world_size: int) -> dict[str, str | int | float]:
     """The derived batch arithmetic, from the configuration alone."""
     from llmrl.errors import RefusedError
-    from llmrl.trainers.sampling_command import reward_in_words
+    from llmrl.trainers.online.command import reward_in_words
 
     for key in ("prompts_per_step", "states_per_step"):
         if getattr(config, key) < world_size:
@@ -143,8 +143,8 @@ def describe(config: DirectAdvantageConfig, world_size: int) -> dict[str, str | 
 
 def check(config: DirectAdvantageConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.direct_advantage_stages import segmenter
-    from llmrl.trainers.sampled_run import check_sampling
+    from llmrl.trainers.direct_advantage_rounds.stages import segmenter
+    from llmrl.trainers.online.run import check_sampling
 
     segmenter(config)
     return check_sampling(config)
@@ -155,9 +155,9 @@ def train(
 ) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
     from llmrl.objectives.direct_advantage import DirectAdvantage
-    from llmrl.trainers.direct_advantage_critic import refuse_split
-    from llmrl.trainers.direct_advantage_rounds import Rounds
-    from llmrl.trainers.sampled_run import SampledRun
+    from llmrl.trainers.direct_advantage_rounds.critic import refuse_split
+    from llmrl.trainers.direct_advantage_rounds.rounds import Rounds
+    from llmrl.trainers.online.run import SampledRun
 
     refuse_split()
     objective = DirectAdvantage(config.beta, config.average).objective()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.trainers.offline_config import PairKeys, describe_groups
+from llmrl.trainers.offline.config import PairKeys, describe_groups
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -58,7 +58,7 @@ def describe(config: DPOConfig, world_size: int) -> dict[str, str | int | float]
 
 def check(config: DPOConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.offline import check_offline, preference_data
+    from llmrl.trainers.offline.run import check_offline, preference_data
 
     return check_offline(config, partial(preference_data, config), config.pairs_per_step)
 
@@ -68,7 +68,7 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.evaluation.implicit import learner_drift
     from llmrl.evaluation.preferences import preference_metrics
     from llmrl.objectives.dpo import DPO
-    from llmrl.trainers.offline import OfflineRun, pair, preference_data
+    from llmrl.trainers.offline.run import OfflineRun, pair, preference_data
 
     tokenizer, data = preference_data(config, run.note, dataset)
     objective = DPO(config.beta, config.loss_type, config.label_smoothing, config.rpo_alpha).objective()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import SchedulerType
-from llmrl.trainers import online_command
-from llmrl.trainers.online_config import OnlineConfig
+from llmrl.trainers.online import policy_gradient_command
+from llmrl.trainers.online.policy_gradient_config import PolicyGradientConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llmrl.runs import Run
 
 
-class LOOPConfig(OnlineConfig):
+class LOOPConfig(PolicyGradientConfig):
     """LOOP: which algorithm of the family, and what is left out."""
 
     method: Literal["loop"] = "loop"
@@ -70,16 +70,16 @@ class LOOPConfig(OnlineConfig):
 
 
 Config = LOOPConfig
-describe, check = online_command.describe, online_command.check
+describe, check = policy_gradient_command.describe, policy_gradient_command.check
 
 
 def train(config: LOOPConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
     from llmrl.objectives.advantages import worth_training
-    from llmrl.trainers.online import OnlineRun
+    from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
 
     algorithm = config.resolve()
-    with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks) as online:
+    with PolicyGradientRun(config, run, algorithm, dataset=dataset, callbacks=callbacks) as online:
         for step in online.session.steps():
             collected = online.collect(step)
             experience = online.experience(collected)

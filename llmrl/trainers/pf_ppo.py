@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import SchedulerType
-from llmrl.trainers import online_command
+from llmrl.trainers.online import policy_gradient_command
 from llmrl.trainers.ppo import CriticConfig
 
 if TYPE_CHECKING:
@@ -72,14 +72,14 @@ class PFPPOConfig(CriticConfig):
 
 
 Config = PFPPOConfig
-check = online_command.check
+check = policy_gradient_command.check
 
 
 def describe(config: PFPPOConfig, world_size: int) -> dict[str, str | int | float]:
     """The derived batch arithmetic and the algorithm in force, from the configuration alone."""
     kept = f"{config.filtration}: {config.trained_per_prompt} of {config.samples_per_prompt} rollouts of a prompt"
     kept += f", drawn by |reward|^{config.filtration_power:g}" if config.filtration == "power" else ""
-    return {**online_command.describe(config, world_size), "trained on": kept}
+    return {**policy_gradient_command.describe(config, world_size), "trained on": kept}
 
 
 def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
@@ -88,12 +88,12 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
 
     from llmrl.objectives.filtration import filtration_metrics, multiplicities
     from llmrl.rollout.protocol import row_seed
-    from llmrl.trainers.online import OnlineRun
+    from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
     from llmrl.trainers.reward_fits import RewardFits
 
     algorithm = config.resolve()
     learner = config.learner_options
-    with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
+    with PolicyGradientRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
         fits = None if config.truth is None else RewardFits(config.truth, config.filtration_power)
         if fits is not None:
             online.learner.accelerator.register_for_checkpointing(fits)

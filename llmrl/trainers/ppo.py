@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.trainers import online_command
-from llmrl.trainers.online_config import OnlineConfig
+from llmrl.trainers.online import policy_gradient_command
+from llmrl.trainers.online.policy_gradient_config import PolicyGradientConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmrl.runs import Run
 
 
-class CriticConfig(OnlineConfig):
+class CriticConfig(PolicyGradientConfig):
     """Critic: what it learns, and how advantages are made of it. `null` is the algorithm's own, published value."""
 
     ranks_prompts: ClassVar[bool] = False
@@ -80,16 +80,16 @@ class PPOConfig(CriticConfig):
 
 
 Config = PPOConfig
-describe, check = online_command.describe, online_command.check
+describe, check = policy_gradient_command.describe, policy_gradient_command.check
 
 
 def train(config: PPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
-    from llmrl.trainers.online import OnlineRun
+    from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
 
     algorithm = config.resolve()
     learner = config.learner_options
-    with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
+    with PolicyGradientRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
         for step in online.session.steps():
             collected = online.collect(step)
             experience = online.experience(collected)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config import DataKeys, Housekeeping, ModelKeys, OptimizationKeys, RunKeys
-from llmrl.trainers.supervised import step_parts
+from llmrl.trainers.with_trl.supervised import step_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,8 +81,8 @@ def train(
     from llmrl.learner.loading import precision
     from llmrl.rewards.model import load_reward_model, separate_padding
     from llmrl.runs import ranks
-    from llmrl.trainers import trl_bridge
-    from llmrl.trainers.trl_session import Metrics, check_export, export, fit, scratch_of
+    from llmrl.trainers.with_trl import bridge as trl_bridge
+    from llmrl.trainers.with_trl.session import Metrics, check_export, export, fit, scratch_of
 
     trl_bridge.quieten()
     tokenizer, data = _data(config, run.note, dataset)

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from llmrl.config.keys import SchedulerType
 from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
-from llmrl.trainers import online_command
+from llmrl.trainers.online import policy_gradient_command
 from llmrl.trainers.ppo import CriticConfig
 
 if TYPE_CHECKING:
@@ -145,16 +145,16 @@ class RLSPConfig(CriticConfig):
 
 
 Config = RLSPConfig
-describe, check = online_command.describe, online_command.check
+describe, check = policy_gradient_command.describe, policy_gradient_command.check
 
 
 def train(config: RLSPConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
-    from llmrl.trainers.online import OnlineRun
+    from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
 
     algorithm = config.resolve()
     learner = config.learner_options
-    with OnlineRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
+    with PolicyGradientRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
         for step in online.session.steps():
             alpha = config.alpha_at(step, online.session.total_steps)
             if config.alpha_end is not None:

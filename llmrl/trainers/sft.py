@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from llmrl.config import DataKeys, Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
 from llmrl.errors import RefusedError
-from llmrl.trainers.supervised import step_parts
+from llmrl.trainers.with_trl.supervised import step_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,9 +88,9 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl import models
     from llmrl.learner.loading import load_model, precision
     from llmrl.runs import ranks
-    from llmrl.trainers import trl_bridge
     from llmrl.trainers.setup import task_evaluation, task_problems
-    from llmrl.trainers.trl_session import Metrics, check_export, export, fit, scratch_of
+    from llmrl.trainers.with_trl import bridge as trl_bridge
+    from llmrl.trainers.with_trl.session import Metrics, check_export, export, fit, scratch_of
 
     trl_bridge.quieten()
     tokenizer, train_rows, heldout = _data(config, run.note, dataset)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import Positive
-from llmrl.trainers.offline_config import PairKeys, describe_groups
+from llmrl.trainers.offline.config import PairKeys, describe_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmrl.data.preferences import PreferenceData
     from llmrl.learner.sequences import Group
     from llmrl.runs import Run
-    from llmrl.trainers.offline import OfflineRun
+    from llmrl.trainers.offline.run import OfflineRun
 
 
 class VPOConfig(PairKeys):
@@ -69,7 +69,7 @@ def describe(config: VPOConfig, world_size: int) -> dict[str, str | int | float]
 
 def check(config: VPOConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.offline import check_offline
+    from llmrl.trainers.offline.run import check_offline
 
     return check_offline(config, partial(_data, config), config.pairs_per_step)
 
@@ -79,7 +79,7 @@ def train(config: VPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     from llmrl.evaluation.preferences import preference_metrics
     from llmrl.objectives.dpo import DPO
     from llmrl.objectives.vpo import VPO
-    from llmrl.trainers.offline import OfflineRun, pair
+    from llmrl.trainers.offline.run import OfflineRun, pair
 
     tokenizer, data = _data(config, run.note, dataset)
     kinds: dict[str, Literal["chosen", "pair", "samples"]] = {"chosen": "chosen", "both": "pair"}
@@ -96,7 +96,7 @@ def train(config: VPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
 def _data(
     config: VPOConfig, say: Callable[[str], None], dataset: Any = None
 ) -> "tuple[PreTrainedTokenizerBase, PreferenceData]":
-    from llmrl.trainers.offline import preference_data
+    from llmrl.trainers.offline.run import preference_data
 
     return preference_data(config, say, dataset, calibration=config.calibration == "column")
 
@@ -105,7 +105,7 @@ def _group_of(
     config: VPOConfig, offline: "OfflineRun", data: "PreferenceData", tokenizer: "PreTrainedTokenizerBase"
 ) -> "Callable[[dict[str, Any]], Group]":
     """What makes a training row's group: the pair, and behind it the calibration answers that are not in it."""
-    from llmrl.trainers.offline import pair
+    from llmrl.trainers.offline.run import pair
 
     if config.calibration == "column":
         return lambda row: (*pair(row), *_in_row(row))

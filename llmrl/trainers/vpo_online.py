@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import Positive, SchedulerType
-from llmrl.trainers.sampling_command import check, describe_sampling, reward_in_words
-from llmrl.trainers.sampling_config import SamplingConfig
+from llmrl.trainers.online.command import check, describe_sampling, reward_in_words
+from llmrl.trainers.online.config import SamplingConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -23,7 +23,7 @@ from support.words import WORDS, word_tokenizer
 
 import llmrl.runs.report
 from llmrl.runs import checkpoints
-from llmrl.trainers.experience import Experience
+from llmrl.trainers.online.experience import Experience
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,8 @@ from llmrl.errors import RefusedError
 from llmrl.learner.sharding import PlainBackend
 from llmrl.runs import checkpoints
 from llmrl.trainers import checks, loop
-from llmrl.trainers.engines import left_for_servers
 from llmrl.trainers.loop import LOOPConfig
+from llmrl.trainers.online.engines import left_for_servers
 
 Said = pytest.CaptureFixture[str]
 

@@ -22,7 +22,8 @@ from typing import Any
 from support.recipe_run import ROOT, wait_for
 
 IMPORTED = [
-    "llmrl.trainers.online", "llmrl.trainers.loop", "llmrl.trainers.ppo", "llmrl.trainers.offline",
+    "llmrl.trainers.online.policy_gradient_run", "llmrl.trainers.loop", "llmrl.trainers.ppo",
+    "llmrl.trainers.offline.run",
     "transformers.models.llama.modeling_llama", "accelerate", "peft", "datasets", "deepspeed",
     "trl.trainer.sft_trainer", "trl.trainer.reward_trainer",
 ]  # fmt: skip

@@ -26,10 +26,10 @@ from llmrl.learner.loading import load_model
 from llmrl.objectives.direct_advantage import DirectAdvantage
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.runs.launch import run_command
-from llmrl.trainers import direct_advantage, direct_advantage_rounds, stage_files
-from llmrl.trainers import direct_advantage_critic as critics
-from llmrl.trainers import direct_advantage_stages as stages
+from llmrl.trainers import direct_advantage
 from llmrl.trainers.direct_advantage import DirectAdvantageConfig
+from llmrl.trainers.direct_advantage_rounds import critic as critics
+from llmrl.trainers.direct_advantage_rounds import rounds, stage_files, stages
 
 NEWLINE = by_delimiter("\n")
 END, NEW = 0, 9
@@ -291,7 +291,7 @@ def test_zero_3_is_refused_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(critics.ranks, "zero_stage", lambda: 3)
-    monkeypatch.setattr("llmrl.trainers.sampled_run.SampledRun.__init__", deadly(lambda *given, **named: None, 1))
+    monkeypatch.setattr("llmrl.trainers.online.run.SampledRun.__init__", deadly(lambda *given, **named: None, 1))
     assert run(write_config(tmp_path, engine={"kind": "vllm_server"})) == 2
     assert "launch with ZeRO-2 or DDP" in " ".join(capsys.readouterr().err.split())
 
@@ -387,7 +387,7 @@ def deadly(work: Callable[..., Any], number: int) -> Callable[..., Any]:
 def test_a_run_and_its_files_and_the_same_run_killed_after_every_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct_advantage_rounds, "STATES_AT_ONCE", 5)  # completions in a few parts
+    monkeypatch.setattr(rounds, "STATES_AT_ONCE", 5)  # completions in a few parts
     file = write_config(tmp_path, save_steps=1)
     assert run(file, "--output_dir", str(tmp_path / "whole")) == 0
     for number in (1, 2):

@@ -22,8 +22,8 @@ from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.rollout import vllm_weights
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.trainers import loop
-from llmrl.trainers.engines import length_within, synchronise
-from llmrl.trainers.experience import Experience
+from llmrl.trainers.online.engines import length_within, synchronise
+from llmrl.trainers.online.experience import Experience
 
 
 @pytest.fixture(autouse=True)

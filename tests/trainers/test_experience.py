@@ -14,7 +14,7 @@ from llmrl.learner.sequences import Group, totals
 from llmrl.objectives.presets import preset
 from llmrl.objectives.scored import Objective, Totals
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
-from llmrl.trainers.experience import Experience, token_sequences
+from llmrl.trainers.online.experience import Experience, token_sequences
 
 PLAIN = Objective(lambda logprobs_N, scored: (logprobs_N.sum(), {}))
 

@@ -16,8 +16,8 @@ from llmrl.objectives.dpo import DPO
 from llmrl.runs import Run
 from llmrl.runs.launch import run_command
 from llmrl.trainers import dpo
-from llmrl.trainers.offline import OfflineRun, num_steps, pair, preference_data
-from llmrl.trainers.offline_config import describe_groups
+from llmrl.trainers.offline.config import describe_groups
+from llmrl.trainers.offline.run import OfflineRun, num_steps, pair, preference_data
 
 
 def config_of(tmp: Path, **settings: Any) -> dpo.DPOConfig:

@@ -17,8 +17,8 @@ from llmrl.learner.learner import Learner, LearnerOptions
 from llmrl.learner.sequences import TokenSequence
 from llmrl.objectives.value import ValueRegression
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
-from llmrl.trainers.rollout_metrics import heldout_metrics
-from llmrl.trainers.sampled_run import turns_too_few
+from llmrl.trainers.online.metrics import heldout_metrics
+from llmrl.trainers.online.run import turns_too_few
 
 
 @pytest.fixture(autouse=True)

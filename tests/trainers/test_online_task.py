@@ -9,7 +9,7 @@ from support.online_run import write_online_config
 
 from llmrl.errors import RefusedError
 from llmrl.trainers.loop import LOOPConfig
-from llmrl.trainers.online_task import OnlineTask
+from llmrl.trainers.online.task import OnlineTask
 
 SUMS = """
 class Sums:

@@ -20,7 +20,7 @@ from llmrl.objectives.advantages import worth_training
 from llmrl.objectives.filtration import reward_fit
 from llmrl.objectives.presets import preset
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
-from llmrl.trainers.experience import Experience
+from llmrl.trainers.online.experience import Experience
 from llmrl.trainers.reward_fits import RECENT_STEPS, RewardFits
 
 

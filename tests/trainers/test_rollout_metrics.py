@@ -7,7 +7,7 @@ import pytest
 
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.trajectory import EndState, Rollout, RolloutGroup, Turn
-from llmrl.trainers.rollout_metrics import heldout_metrics, rollout_metrics
+from llmrl.trainers.online.metrics import heldout_metrics, rollout_metrics
 
 
 def rollout(reward: float, lengths: list[int], end: EndState = "completed", last: str = "stop") -> Rollout:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from llmrl.errors import RefusedError
 from llmrl.trainers import reward, sft
-from llmrl.trainers.supervised import step_parts
+from llmrl.trainers.with_trl.supervised import step_parts
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
 

@@ -9,9 +9,9 @@ from support.words import word_tokenizer
 from transformers import PrinterCallback, ProgressCallback
 
 from llmrl.rewards.model import load_reward_model
-from llmrl.trainers import trl_bridge
 from llmrl.trainers.reward import RewardConfig
 from llmrl.trainers.sft import SFTConfig
+from llmrl.trainers.with_trl import bridge as trl_bridge
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
 

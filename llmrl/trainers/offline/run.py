@@ -33,7 +33,7 @@ from llmrl.learner.loading import load_config, load_tokenizer, stop_token_ids
 from llmrl.learner.sequences import Floats, Group, completion
 from llmrl.runs import Run
 from llmrl.trainers import checks, setup
-from llmrl.trainers.offline_config import OfflineKeys, PairKeys
+from llmrl.trainers.offline.config import OfflineKeys, PairKeys
 from llmrl.trainers.session import Evaluations, Session
 
 Say = Callable[[str], None]

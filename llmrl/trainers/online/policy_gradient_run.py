@@ -7,24 +7,24 @@ from llmrl.objectives.value import ValueRegression
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.protocol import row_seed
 from llmrl.runs import Run
-from llmrl.trainers.experience import Experience
-from llmrl.trainers.online_config import OnlineConfig
-from llmrl.trainers.sampled_run import SampledRun, tells_apart
+from llmrl.trainers.online.experience import Experience
+from llmrl.trainers.online.policy_gradient_config import PolicyGradientConfig
+from llmrl.trainers.online.run import SampledRun, tells_apart
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class OnlineRun(SampledRun):
+class PolicyGradientRun(SampledRun):
     """A run of a policy-gradient method: every step is `collect`, `experience`, `advantages`, `improve` and
     `record`.
 
     `further`: what else `SampledRun` takes.
     """
 
-    config: OnlineConfig
+    config: PolicyGradientConfig
 
-    def __init__(self, config: OnlineConfig, run: Run, algorithm: Preset, **further: Any) -> None:
+    def __init__(self, config: PolicyGradientConfig, run: Run, algorithm: Preset, **further: Any) -> None:
         super().__init__(
             config,
             run,

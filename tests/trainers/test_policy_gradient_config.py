@@ -8,13 +8,13 @@ from support.online_run import METHODS
 
 from llmrl.objectives.presets import PRESETS, preset
 from llmrl.objectives.settings import LossSettings
-from llmrl.trainers.experience import _near
-from llmrl.trainers.online_config import OnlineConfig
+from llmrl.trainers.online.experience import _near
+from llmrl.trainers.online.policy_gradient_config import PolicyGradientConfig
 
 OF_CRITICS = ("ppo", "rlsp", "pf_ppo")
 
 
-def config(algorithm: str, **settings: Any) -> OnlineConfig:
+def config(algorithm: str, **settings: Any) -> PolicyGradientConfig:
     """16 prompts x 8 samples; `algorithm` is a method where it has a critic."""
     method = algorithm if algorithm in OF_CRITICS else "loop"
     own = {} if method != "loop" else {"algorithm": algorithm}

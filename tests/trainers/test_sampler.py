@@ -14,16 +14,18 @@ from support.online_run import REWARD, evals, run_online, write_online_config
 from support.recipe_run import final_weights, metrics
 
 import llmrl.runs.report
-import llmrl.trainers.sampling
+import llmrl.trainers.online.sampler
 from llmrl.errors import RunFailedError
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
-from llmrl.trainers.experience import Experience
 from llmrl.trainers.loop import LOOPConfig
-from llmrl.trainers.online_task import OnlineTask
-from llmrl.trainers.sampled_run import keep_rollouts
-from llmrl.trainers.sampling import MOST_REFILLS, _Ahead, _restored, added, beside
+from llmrl.trainers.online.ahead import Ahead
+from llmrl.trainers.online.collected import added, beside, restored
+from llmrl.trainers.online.experience import Experience
+from llmrl.trainers.online.run import keep_rollouts
+from llmrl.trainers.online.sampler import MOST_REFILLS
+from llmrl.trainers.online.task import OnlineTask
 
 
 @pytest.fixture(autouse=True)
@@ -63,17 +65,17 @@ def test_rollouts_come_out_of_a_checkpoint_as_they_went_in() -> None:
     collected = Collected(
         [group(0, 1.0, 2.0), group(1, 0.5)], {"rollouts": 3}, 1.5, 3, {"length": [1.0]}, {"failures": 1}
     )
-    assert _restored(asdict(collected)) == collected
+    assert restored(asdict(collected)) == collected
 
 
 def test_what_was_sampled_ahead_and_failed_is_not_kept_and_raises_when_it_is_wanted() -> None:
-    failing = _Ahead(3, lambda: [Collected([]), RunFailedError("no server")])
+    failing = Ahead(3, lambda: [Collected([]), RunFailedError("no server")])
     assert failing.sound() is None
-    broken = _Ahead(3, lambda: [][0])
+    broken = Ahead(3, lambda: [][0])
     assert broken.sound() is None
     with pytest.raises(IndexError):
         broken.result()
-    assert _Ahead(3, lambda: [Collected([])]).sound() == [Collected([])]
+    assert Ahead(3, lambda: [Collected([])]).sound() == [Collected([])]
 
 
 def test_each_epoch_asks_every_row_once_and_each_row_as_often_as_it_should_be(tmp_path: Path) -> None:
@@ -110,7 +112,7 @@ def test_what_reward_functions_note_is_the_metric_of_its_own_step(
     (tmp_path / "reward.py").write_text(NUMBERED)
     settings: dict[str, Any] = {"max_staleness": 1, "engine": {"kind": "vllm"}} if ahead else {}
     if ahead:
-        monkeypatch.setattr(llmrl.trainers.sampling, "build_engine", engine_of_its_own)
+        monkeypatch.setattr(llmrl.trainers.online.sampler, "build_engine", engine_of_its_own)
     rewards = [f"{tmp_path / 'reward.py'}:numbered"]
     config = write_online_config(tmp_path, rewards=rewards, eval_steps=1, max_steps=3, **settings)
     assert run_online("loop", config) == 0
@@ -199,7 +201,7 @@ def test_dynamic_sampling_replaces_prompts_that_teach_nothing(
 ) -> None:
     """Of any algorithm that compares a prompt's rollouts; held-out rows are never left out."""
     if "engine" in settings:
-        monkeypatch.setattr(llmrl.trainers.sampling, "build_engine", engine_of_its_own)
+        monkeypatch.setattr(llmrl.trainers.online.sampler, "build_engine", engine_of_its_own)
     config = picky(tmp_path, **settings)
     teaching = {i + 1 for i in range(12) if i % 4 == 0}
     assert run_online(method, config) == 0

@@ -21,7 +21,7 @@ from llmrl.rollout.episode import Limits
 from llmrl.rollout.rendering import REASONING, Renderer
 from llmrl.rollout.threads import Maker, OverdueError, call
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
-from llmrl.trainers.sampling_config import SamplingConfig
+from llmrl.trainers.online.config import SamplingConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -25,8 +25,8 @@ from llmrl.rollout.collector import Task
 from llmrl.rollout.protocol import row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.trainers.direct_advantage import DirectAdvantageConfig
-from llmrl.trainers.direct_advantage_critic import state_group
-from llmrl.trainers.stage_files import Line, Tallies
+from llmrl.trainers.direct_advantage_rounds.critic import state_group
+from llmrl.trainers.direct_advantage_rounds.stage_files import Line, Tallies
 
 Decode = Callable[[Sequence[int]], str]
 Action = tuple[int, ...]

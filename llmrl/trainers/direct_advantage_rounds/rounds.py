@@ -31,9 +31,10 @@ from llmrl.learner.sharding import max_over_ranks
 from llmrl.objectives.direct_advantage import reliability
 from llmrl.rollout.protocol import row_seed
 from llmrl.runs.files import write_json
-from llmrl.trainers import direct_advantage_critic as critics
 from llmrl.trainers.direct_advantage import DirectAdvantageConfig
-from llmrl.trainers.direct_advantage_stages import (
+from llmrl.trainers.direct_advantage_rounds import critic as critics
+from llmrl.trainers.direct_advantage_rounds.stage_files import Line, StageFolder, Tallies, by_the_first
+from llmrl.trainers.direct_advantage_rounds.stages import (
     Candidate,
     action_line,
     actor_group,
@@ -45,9 +46,8 @@ from llmrl.trainers.direct_advantage_stages import (
     states_of,
     tasks_from,
 )
-from llmrl.trainers.rollout_metrics import rollout_metrics
-from llmrl.trainers.sampled_run import SampledRun
-from llmrl.trainers.stage_files import Line, StageFolder, Tallies, by_the_first
+from llmrl.trainers.online.metrics import rollout_metrics
+from llmrl.trainers.online.run import SampledRun
 
 STATES_AT_ONCE = 1024
 """States whose completions are sampled together and then written down: what a kill may cost, and what memory holds."""

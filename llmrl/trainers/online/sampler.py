@@ -11,10 +11,8 @@ Invariants
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 from llmrl.data.order import RowCursor
 from llmrl.errors import LlmrlError, RefusedError, RunFailedError, RunInterruptedError
@@ -23,9 +21,12 @@ from llmrl.learner.meeting import Meeting
 from llmrl.learner.sharding import gather_objects
 from llmrl.rollout.collector import Collected, Collector, GroupPolicy, Progress, Task
 from llmrl.rollout.protocol import Engine, row_seed
-from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
+from llmrl.rollout.trajectory import RolloutGroup
 from llmrl.runs import Run
-from llmrl.trainers.engines import (
+from llmrl.trainers.online.ahead import Ahead
+from llmrl.trainers.online.collected import Share, added, beside, is_mixed, restored, sound
+from llmrl.trainers.online.config import SamplingConfig
+from llmrl.trainers.online.engines import (
     adapter_alone,
     build_engine,
     length_within,
@@ -34,13 +35,9 @@ from llmrl.trainers.engines import (
     synchronise,
     wake_up,
 )
-from llmrl.trainers.online_task import OnlineTask
-from llmrl.trainers.sampling_config import SamplingConfig
+from llmrl.trainers.online.task import OnlineTask
 
 MOST_REFILLS = 10
-Summed = TypeVar("Summed", int, float, list[float])
-Share = Collected | LlmrlError
-"""What one rank has collected, or why it could not."""
 
 
 class Sampler:
@@ -64,7 +61,7 @@ class Sampler:
         self.adapter = adapter_alone(config, learner)
         self.cursor = RowCursor(len(task.data.train), config.seed)
         self.version, self._synced = 0, -1  # how often the learner changed, and which of its states the engine has
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
         self._short_said = False
 
     def _built(self) -> Engine | None:
@@ -108,7 +105,7 @@ class Sampler:
             keep(found)
             if self.config.max_staleness and not last:
                 self.synchronise()
-                self._ahead = _Ahead(self.cursor.position, functools.partial(self._step, step + 1))
+                self._ahead = Ahead(self.cursor.position, functools.partial(self._step, step + 1))
             self._rest()
         except BaseException:
             self.cursor.position = position  # a checkpoint that is left now repeats this step
@@ -239,7 +236,7 @@ class Sampler:
     def _whole(self, shares: list[Share]) -> Collected:
         """All ranks' shares together, in the order of the tasks."""
         self._meet()
-        everyone = gather_objects(self.learner.accelerator, _sound(shares) or [])
+        everyone = gather_objects(self.learner.accelerator, sound(shares) or [])
         failure = next((share for share in shares if isinstance(share, LlmrlError)), None)
         if self.run.interrupted and not self.run.training:  # nobody else would hear of it before the first step
             failure = failure or RunInterruptedError("a signal asked for it before the first step")
@@ -275,36 +272,7 @@ class Sampler:
         self.version = self.run.start_step
         if state["ahead"] is not None:
             mine = state["ahead"]["shares"][self.learner.accelerator.process_index]
-            self._ahead = _Ahead(state["ahead"]["position"], lambda: [_restored(part) for part in mine])
-
-
-class _Ahead:
-    """A collection in a thread of its own; `position` is the place in the rows before it."""
-
-    def __init__(self, position: int, collect: Callable[[], list[Share]]) -> None:
-        self.position = position
-        self._future: Future[list[Share]] = Future()
-        self._thread = Thread(target=self._run, args=(collect,), name="rollouts of the next step", daemon=True)
-        self._thread.start()
-
-    def _run(self, collect: Callable[[], list[Share]]) -> None:
-        try:
-            self._future.set_result(collect())
-        except BaseException as error:
-            self._future.set_exception(error)
-
-    def wait(self) -> None:
-        """Until it has ended, however it did."""
-        self._thread.join()
-
-    def result(self) -> list[Share]:
-        """What it brought; raises what it raised."""
-        return self._future.result()
-
-    def sound(self) -> list[Collected] | None:
-        """What it brought, or None where it failed."""
-        self.wait()
-        return None if self._future.exception() else _sound(self._future.result())
+            self._ahead = Ahead(state["ahead"]["position"], lambda: [restored(part) for part in mine])
 
 
 @dataclass
@@ -331,55 +299,3 @@ async def _unjudged(group: RolloutGroup) -> None:
     """What is kept whatever it is worth."""
     for rollout in group.rollouts:
         rollout.reward = 0.0
-
-
-def _sound(shares: Sequence[Share]) -> list[Collected] | None:
-    """They, or None where one of them failed."""
-    sound = [share for share in shares if isinstance(share, Collected)]
-    return sound if len(sound) == len(shares) else None
-
-
-def is_mixed(group: RolloutGroup) -> bool:
-    """Whether some of a prompt's rollouts are better than others."""
-    return len(set(group.rewards)) > 1
-
-
-def added(first: Collected, second: Collected) -> Collected:
-    """What two collections brought, one after the other."""
-    return Collected(
-        first.groups + second.groups,
-        _sums(first.counts, second.counts, 0),
-        first.seconds + second.seconds,
-        first.num_sampled + second.num_sampled,
-        _sums(first.logged, second.logged, []),
-        _sums(first.tallies, second.tallies, 0.0),
-    )
-
-
-def _sums(first: dict[str, Summed], second: dict[str, Summed], nothing: Summed) -> dict[str, Summed]:
-    names = dict.fromkeys((*first, *second))
-    return {name: first.get(name, nothing) + second.get(name, nothing) for name in names}
-
-
-def beside(shares: Sequence[Collected]) -> Collected:
-    """The ranks' collections, which went on beside each other, with groups in the order of the tasks."""
-    together = functools.reduce(added, shares)
-    together.groups.sort(key=lambda group: group.place)
-    together.seconds = max(share.seconds for share in shares)
-    return together
-
-
-def _restored(stored: dict[str, Any]) -> Collected:
-    groups = [
-        RolloutGroup(
-            **{
-                **group,
-                "rollouts": [
-                    Rollout(**{**rollout, "turns": [Turn(**turn) for turn in rollout["turns"]]})
-                    for rollout in group["rollouts"]
-                ],
-            }
-        )
-        for group in stored["groups"]
-    ]
-    return Collected(**{**stored, "groups": groups})

@@ -16,11 +16,11 @@ from llmrl.rollout.collector import Collected
 from llmrl.rollout.trajectory import RolloutGroup, mean_reward
 from llmrl.runs import Run
 from llmrl.trainers import checks
-from llmrl.trainers.engines import check_engine, left_for_servers, raise_together
-from llmrl.trainers.online_task import OnlineTask
-from llmrl.trainers.rollout_metrics import heldout_metrics, rollout_metrics
-from llmrl.trainers.sampling import Sampler
-from llmrl.trainers.sampling_config import SamplingConfig
+from llmrl.trainers.online.config import SamplingConfig
+from llmrl.trainers.online.engines import check_engine, left_for_servers, raise_together
+from llmrl.trainers.online.metrics import heldout_metrics, rollout_metrics
+from llmrl.trainers.online.sampler import Sampler
+from llmrl.trainers.online.task import OnlineTask
 from llmrl.trainers.session import Session
 from llmrl.trainers.setup import build_learner, task_evaluation, task_problems
 

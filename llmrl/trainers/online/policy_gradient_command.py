@@ -6,14 +6,14 @@ from dataclasses import asdict, fields
 
 from llmrl.objectives.presets import Preset
 from llmrl.objectives.settings import LossSettings
-from llmrl.trainers.online_config import OnlineConfig
-from llmrl.trainers.sampling_command import check, describe_sampling, reward_in_words
+from llmrl.trainers.online.command import check, describe_sampling, reward_in_words
+from llmrl.trainers.online.policy_gradient_config import PolicyGradientConfig
 
 __all__ = ["check", "describe"]
 RATIOS = {"none": "no ratio", "geometric": "geometric mean of a sequence's ratios"}
 
 
-def describe(config: OnlineConfig, world_size: int) -> dict[str, str | int | float]:
+def describe(config: PolicyGradientConfig, world_size: int) -> dict[str, str | int | float]:
     """The derived batch arithmetic and the algorithm in force, from the configuration alone."""
     trained = config.prompts_per_step * config.trained_per_prompt
     algorithm = config.resolve()
@@ -28,7 +28,7 @@ def describe(config: OnlineConfig, world_size: int) -> dict[str, str | int | flo
     }
 
 
-def _in_words(config: OnlineConfig, algorithm: Preset, num_updates: int) -> Iterator[tuple[str, str]]:
+def _in_words(config: PolicyGradientConfig, algorithm: Preset, num_updates: int) -> Iterator[tuple[str, str]]:
     """The algorithm, line by line: how far it is the published one, advantages, loss, KL, the sampler's correction.
     `num_updates`: optimizer steps on the same rollouts."""
     loss = LossSettings(**algorithm.loss)
@@ -64,7 +64,7 @@ def _in_words(config: OnlineConfig, algorithm: Preset, num_updates: int) -> Iter
     yield "sampler's correction", "none" if loss.correction == "none" else weights
 
 
-def _differences(config: OnlineConfig, algorithm: Preset) -> list[str]:
+def _differences(config: PolicyGradientConfig, algorithm: Preset) -> list[str]:
     """What is not as published, each with its published value."""
     published = config.published
     trained = config.prompts_per_step * config.trained_per_prompt

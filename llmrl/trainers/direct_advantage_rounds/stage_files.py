@@ -21,7 +21,7 @@ from llmrl.learner.sharding import gather_objects
 from llmrl.runs import Run, checkpoints
 from llmrl.runs.disk import as_disk_failure
 from llmrl.runs.files import read_json, write_json, write_text
-from llmrl.trainers.engines import raise_together
+from llmrl.trainers.online.engines import raise_together
 
 NOTES = "stages.json"
 """What the folder comes from, and the counts of each stage that is done."""

@@ -1,12 +1,12 @@
 """What `--dry-run` and `llmrl check` say of a method that samples, from its configuration. Loads without torch."""
 
 from llmrl.errors import RefusedError
-from llmrl.trainers.sampling_config import SamplingConfig
+from llmrl.trainers.online.config import SamplingConfig
 
 
 def check(config: SamplingConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.sampled_run import check_sampling
+    from llmrl.trainers.online.run import check_sampling
 
     return check_sampling(config)
 

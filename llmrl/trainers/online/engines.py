@@ -21,7 +21,7 @@ from llmrl.learner.sharding import gather_objects, zero_stage
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Engine
 from llmrl.runs import ranks
-from llmrl.trainers.sampling_config import SamplingConfig
+from llmrl.trainers.online.config import SamplingConfig
 
 WEIGHTS = "weights"
 """Folder in a run's directory through which vLLM servers get weights."""

@@ -1,7 +1,7 @@
 """The one place where TRL comes in: its SFTTrainer and RewardTrainer, built as they are, never subclassed.
 
 Each symbol and field used here is held by a contract test (tests/trainers/test_trl_bridge.py). The trainers log, save
-and evaluate only when our callback asks (llmrl.trainers.trl_session); they draw no progress bars and report to nobody.
+and evaluate only when our callback asks (`session`); they draw no progress bars and report to nobody.
 """
 
 import os
