@@ -161,7 +161,8 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
         if step == cloning_steps > 0:
             learner.restart(**comparing)
             if cpl.reference:
-                offline.take_reference(range(step, total_steps))
+                with session.before_updates():
+                    offline.take_reference(range(step, total_steps))
         metrics = learner.update(offline.groups(step), cloning if step < cloning_steps else objective)
         session.record(metrics)
         if step == cloning_steps:

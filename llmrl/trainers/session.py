@@ -108,6 +108,15 @@ class Session:
                 raise RunFailedError(str(error)) from error
             raise
 
+    def end_if_asked(self, during: str) -> None:
+        """Raises RunInterruptedError on all ranks where a signal asked one of them to stop. For what takes long within
+        a step: called as often on every rank, within `before_updates`."""
+        if self._is_asked_to_stop():
+            raise RunInterruptedError(f"a signal asked for it during: {during}")
+
+    def _is_asked_to_stop(self) -> bool:
+        return max_over_ranks(self.learner.accelerator, int(self.run.interrupted)) > 0
+
     def finish(self) -> None:
         """The last checkpoint, the last evaluation, and the model in `final/`.
 
@@ -135,7 +144,7 @@ class Session:
         self._tell("on_step_end")
         if self.control.should_evaluate or self._evaluation_is_due(step):
             self._evaluate(step)
-        stop = max_over_ranks(self.learner.accelerator, int(self.run.interrupted)) > 0
+        stop = self._is_asked_to_stop()
         if stop or self.control.should_save or (config.save_steps and step % config.save_steps == 0):
             self._save(step)
         if stop and step < self.total_steps:

@@ -14,7 +14,7 @@ begins, and it knows the weights of the round in which it stands.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,10 @@ import torch
 
 from llmrl.config.resolved import fingerprint
 from llmrl.data.order import rows_for_step
-from llmrl.errors import RunFailedError, RunInterruptedError
+from llmrl.errors import RunFailedError
 from llmrl.evaluation.progress import Ticker
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group
-from llmrl.learner.sharding import max_over_ranks
 from llmrl.objectives.direct_advantage import reliability
 from llmrl.rollout.protocol import row_seed
 from llmrl.runs.files import write_json
@@ -136,8 +135,16 @@ class _Stages:
         self.config, self.sampled, self.run = rounds.config, rounds.sampled, rounds.run
         self.learner, self.decode = rounds.learner, rounds.decode
 
-    def ticker(self, what: str) -> Ticker:
-        return Ticker(self.run.console.say, f"round {self.number + 1}: {what}")
+    def ticker(self, what: str) -> Callable[[int, int], None]:
+        """Says how far `what` is, and ends the run where a signal asks for it."""
+        what = f"round {self.number + 1}, {what}"
+        tick = Ticker(self.run.console.say, what)
+
+        def progress(done: int, total: int) -> None:
+            tick(done, total)
+            self.sampled.session.end_if_asked(f"{what} ({done} of {total})")
+
+        return progress
 
     def states(self) -> tuple[list[Line], Tallies]:
         """A.1: answers of the actor, and the states of those that are kept."""
@@ -202,8 +209,6 @@ class _Stages:
         def after_step(done: int, total: int, metrics: dict[str, float]) -> None:
             course.append({"step": done, **metrics})
             tick(done, total)
-            if max_over_ranks(self.learner.accelerator, int(self.run.interrupted)):
-                raise RunInterruptedError(f"a signal asked for it after step {done} of {total} of the critic")
 
         critic = critics.fit(self.learner, train, training, after_step)
         predicted = critics.success(critic, validation, self.ticker("groups of states valued for validation"))

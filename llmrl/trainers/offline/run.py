@@ -121,6 +121,7 @@ class OfflineRun:
         if self.learner.reference_kind == "precomputed":
             self.run.note("Computing the reference's log-probabilities with the weights as they are now.")
             self._known = self.scored_rows(steps)
+        self.session.end_if_asked("the reference's log-probabilities")
         scored = self.score(self._heldout, f"held-out {self.noun} scored by the reference")
         self._heldout = [with_reference(g, known) for g, known in zip(self._heldout, scored, strict=True)]
 
@@ -161,6 +162,7 @@ class OfflineRun:
                 for row, logprobs in zip(rows, scored, strict=True):
                     known.setdefault(row, logprobs)
                 ticker(len(known), used)
+                self.session.end_if_asked(f"training {self.noun} scored by the reference ({len(known)} of {used})")
         return known
 
     def score(self, groups: list[Group], what: str) -> list[list[Floats]]:
