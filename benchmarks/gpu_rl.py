@@ -19,7 +19,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sharding import build_accelerator
 from llmrl.objectives.presets import preset
 from llmrl.rollout.huggingface import HuggingFaceEngine

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpu_checks.report import DEVICE, GPU, patched
 from llmrl.learner import block_attention
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import Group, completion
 
 QWEN_1_5B = {

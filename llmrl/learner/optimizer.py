@@ -2,21 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from llmrl.errors import RefusedError
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.policy import Policy
-
-if TYPE_CHECKING:
-    from llmrl.learner.learner import LearnerOptions
 
 LANGUAGE, VALUE_HEAD = "language model", "value head"
 """The part of a parameter group: by name, for ZeRO puts flat tensors of its own in the parameters' place."""
 
 
-def adamw(policy: Policy, options: "LearnerOptions") -> torch.optim.AdamW:
+def adamw(policy: Policy, options: LearnerOptions) -> torch.optim.AdamW:
     """Of what can be trained. Raises RefusedError where that is nothing."""
     return torch.optim.AdamW(
         _parameter_groups(policy, options),
@@ -27,7 +25,7 @@ def adamw(policy: Policy, options: "LearnerOptions") -> torch.optim.AdamW:
     )
 
 
-def forget(optimizer: torch.optim.Optimizer, options: "LearnerOptions") -> None:
+def forget(optimizer: torch.optim.Optimizer, options: LearnerOptions) -> None:
     """Steps and moments are 0, as in a new optimizer, and learning rates those of `options`.
 
     In place: ZeRO has handed on references to the moments, which it keeps flat and split over ranks.
@@ -56,7 +54,7 @@ def only_value_head(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["lr"] = rate
 
 
-def _parameter_groups(policy: Policy, options: "LearnerOptions") -> list[dict[str, Any]]:
+def _parameter_groups(policy: Policy, options: LearnerOptions) -> list[dict[str, Any]]:
     """Weight decay for matrices only, not for biases and norms; the value head may have its own learning rate."""
     language = [p for p in policy.causal_lm.parameters() if p.requires_grad]
     if not language:
@@ -75,7 +73,7 @@ def _parameter_groups(policy: Policy, options: "LearnerOptions") -> list[dict[st
     return [g for g in groups if g["params"]]
 
 
-def _rate(part: str, options: "LearnerOptions") -> float:
+def _rate(part: str, options: LearnerOptions) -> float:
     own = options.value_learning_rate if part == VALUE_HEAD else None
     return own or options.learning_rate
 

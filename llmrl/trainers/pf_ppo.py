@@ -89,7 +89,7 @@ def train(config: PFPPOConfig, run: "Run", *, dataset: Any = None, callbacks: "S
     from llmrl.objectives.filtration import filtration_metrics, multiplicities
     from llmrl.rollout.protocol import row_seed
     from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
-    from llmrl.trainers.reward_fits import RewardFits
+    from llmrl.trainers.online.reward_fits import RewardFits
 
     algorithm = config.resolve()
     learner = config.learner_options

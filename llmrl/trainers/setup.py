@@ -14,8 +14,9 @@ from llmrl.config import ModelKeys, OptimizationKeys, TaskEvaluationKeys
 from llmrl.errors import RefusedError
 from llmrl.evaluation.samples import KeptSamples
 from llmrl.evaluation.tasks import TaskEvaluation, samples_of
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
 from llmrl.learner.loading import load_model, max_positions, precision
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.reference import FROZEN_UNDER_ZERO3
 from llmrl.learner.sharding import build_accelerator, zero_stage
 from llmrl.runs import Run, ranks

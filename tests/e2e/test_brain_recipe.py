@@ -10,7 +10,7 @@ from support.recipe_run import final_weights, launch, metrics
 
 from llmrl.runs import checkpoints
 from llmrl.runs.launch import run_command
-from llmrl.trainers import brain
+from llmrl.trainers.brain import iterated as brain
 
 pytestmark = pytest.mark.slow
 

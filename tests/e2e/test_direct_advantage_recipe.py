@@ -7,7 +7,7 @@ from support.online_run import evals
 from support.recipe_run import ROOT
 
 from llmrl.runs.launch import run_command
-from llmrl.trainers import direct_advantage
+from llmrl.trainers.direct_advantage import method as direct_advantage
 
 pytestmark = pytest.mark.slow
 

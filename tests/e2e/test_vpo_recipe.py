@@ -9,7 +9,7 @@ from support.recipe_run import ROOT, launch, metrics
 
 import llmrl.runs.report
 from llmrl.runs.launch import run_command
-from llmrl.trainers import vpo_online
+from llmrl.trainers.vpo import online as vpo_online
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ from support.models import VOCABULARY, make_tiny_model
 
 from llmrl.errors import RefusedError
 from llmrl.evaluation.implicit import ImplicitReward, learner_drift
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import Group, completion
 
 BETA = 0.3

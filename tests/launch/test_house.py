@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,27 @@ def test_arrows_point_one_way(room: str) -> None:
         if (foreign_room and target not in {"", room} | allowed_rooms) or (top in HEAVY and top not in allowed_heavy):
             wrong.append(f"{module} in {', '.join(sorted(map(str, files)))}")
     assert not wrong, f"llmrl/{room} may not import: " + "; ".join(sorted(wrong))
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Imports within functions and for types count, too: who changes one of the modules has to read all of them."""
+    names = {
+        ".".join(("llmrl", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    graph = {name: {m for m in named_modules(path) if m in names and m != name} for name, path in names.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def named_modules(path: Path) -> set[str]:
+    """As `imported_modules`, where `from llmrl.trainers import checks` is llmrl.trainers.checks alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()}
+            found |= modules if len(modules) == len(inner) else modules | {str(node.module)}
+    return found
 
 
 def test_objectives_import_torch_and_nothing_else() -> None:

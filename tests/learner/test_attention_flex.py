@@ -20,7 +20,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import flex_attention
 
 from llmrl.learner import attention, batches, block_attention
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.prefix_tree import BLOCK, TreeLayout, pack
 from llmrl.learner.sequences import Group, TokenSequence, completion
 

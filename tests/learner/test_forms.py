@@ -11,7 +11,8 @@ from support.models import make_tiny_model
 from transformers import PreTrainedModel
 
 from llmrl.errors import RefusedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.policy import Policy
 from llmrl.objectives.dpo import DPO
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from llmrl.config import ModelKeys
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.learner.learner import MOST_OVERFLOWS, Learner, LearnerOptions
+from llmrl.learner.learner import MOST_OVERFLOWS, Learner
 from llmrl.learner.loading import add_lora, load_model, model_without_storage
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.policy import Policy
 from llmrl.objectives.dpo import DPO
 from llmrl.objectives.scored import Objective

@@ -15,7 +15,8 @@ from support.models import make_tiny_model
 from torch import Tensor
 
 from llmrl.errors import RunFailedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import Group, TokenSequence, totals
 from llmrl.objectives.presets import preset
 from llmrl.objectives.scored import Objective, Totals

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from support.models import make_tiny_model
 from torch import Tensor
 
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import TokenSequence, completion
 from llmrl.objectives.policy_gradient import PolicyGradient, kl_estimates
 from llmrl.objectives.presets import PRESETS, preset

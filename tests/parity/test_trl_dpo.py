@@ -11,7 +11,8 @@ from support.models import make_tiny_model
 from support.words import WORDS, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import completion
 from llmrl.objectives.dpo import DPO
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from llmrl.data.scored import prepare_scored
 from llmrl.errors import RefusedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import completion
 from llmrl.rewards.scored_samples import scored_row, scored_rows_of_run, write_rows
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn

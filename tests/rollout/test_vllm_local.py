@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from support.models import make_tiny_model
 
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import completion
 from llmrl.rollout.protocol import Completion, SamplingParams
 from llmrl.rollout.vllm_local import VLLMEngine, VLLMOptions

@@ -25,7 +25,8 @@ from support.models import make_tiny_model
 from support.words import word_tokenizer
 
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import completion
 from llmrl.rollout import vllm_http
 from llmrl.rollout.protocol import Completion, SamplingParams, row_seed

@@ -16,8 +16,9 @@ from support.groups import VOCABULARY, random_pairs
 
 from llmrl.config import ModelKeys
 from llmrl.errors import RunFailedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
 from llmrl.learner.loading import load_model
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import Group, completion
 from llmrl.learner.sharding import build_accelerator
 from llmrl.objectives.brain import BRAIn

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from support.models import make_tiny_model
 from torch import Tensor
 
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import Group
 from llmrl.objectives.scored import Objective, ScoredTokens, Totals
 

@@ -24,8 +24,11 @@ from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group
 from llmrl.objectives.brain import BRAIn
 from llmrl.runs.launch import run_command
-from llmrl.trainers import brain, brain_offline, brain_update, dpo
-from llmrl.trainers.brain_update import SampleSizeWatch, heldout_metrics, improve, measured
+from llmrl.trainers import dpo
+from llmrl.trainers.brain import iterated as brain
+from llmrl.trainers.brain import offline as brain_offline
+from llmrl.trainers.brain import update as brain_update
+from llmrl.trainers.brain.update import SampleSizeWatch, heldout_metrics, improve, measured
 
 
 @pytest.fixture(autouse=True)

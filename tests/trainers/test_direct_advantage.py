@@ -21,15 +21,16 @@ from support.recipe_run import final_weights, metrics
 from llmrl.config import ModelKeys
 from llmrl.data.steps import by_delimiter
 from llmrl.errors import RefusedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
 from llmrl.learner.loading import load_model
+from llmrl.learner.options import LearnerOptions
 from llmrl.objectives.direct_advantage import DirectAdvantage
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.runs.launch import run_command
-from llmrl.trainers import direct_advantage
-from llmrl.trainers.direct_advantage import DirectAdvantageConfig
-from llmrl.trainers.direct_advantage_rounds import critic as critics
-from llmrl.trainers.direct_advantage_rounds import rounds, stage_files, stages
+from llmrl.trainers.direct_advantage import critic as critics
+from llmrl.trainers.direct_advantage import method as direct_advantage
+from llmrl.trainers.direct_advantage import rounds, stage_files, stages
+from llmrl.trainers.direct_advantage.method import DirectAdvantageConfig
 
 NEWLINE = by_delimiter("\n")
 END, NEW = 0, 9

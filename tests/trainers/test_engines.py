@@ -18,7 +18,8 @@ from support.recipe_run import final_weights
 import llmrl.runs.report
 from llmrl.config.parse import parse
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.rollout import vllm_weights
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.trainers import loop

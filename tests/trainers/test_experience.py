@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmrl.learner.learner import LearnerOptions
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.prefix_tree import num_unique_tokens
 from llmrl.learner.sequences import Group, totals
 from llmrl.objectives.presets import preset

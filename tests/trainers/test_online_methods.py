@@ -13,7 +13,8 @@ from support.online_run import METHODS, evals, run_online, write_online_config
 from support.recipe_run import final_weights, metrics
 
 from llmrl.evaluation.intervals import wilson_interval
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import TokenSequence
 from llmrl.objectives.value import ValueRegression
 from llmrl.rollout.trajectory import Rollout, RolloutGroup

@@ -14,14 +14,15 @@ from support.models import make_tiny_model
 from support.online_run import METHODS, run_online, write_online_config
 from support.recipe_run import metrics
 
-from llmrl.learner.learner import Learner, LearnerOptions
+from llmrl.learner.learner import Learner
+from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import Group
 from llmrl.objectives.advantages import worth_training
 from llmrl.objectives.filtration import reward_fit
 from llmrl.objectives.presets import preset
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.trainers.online.experience import Experience
-from llmrl.trainers.reward_fits import RECENT_STEPS, RewardFits
+from llmrl.trainers.online.reward_fits import RECENT_STEPS, RewardFits
 
 
 @pytest.fixture(autouse=True)

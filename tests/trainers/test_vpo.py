@@ -13,8 +13,10 @@ from llmrl.config.parse import parse
 from llmrl.errors import RefusedError
 from llmrl.learner.sequences import TokenSequence
 from llmrl.runs.launch import run_command
-from llmrl.trainers import calibration, dpo, vpo
-from llmrl.trainers.calibration import FILE, read_answers, write_answers
+from llmrl.trainers import dpo
+from llmrl.trainers.vpo import calibration
+from llmrl.trainers.vpo import offline as vpo
+from llmrl.trainers.vpo.calibration import FILE, read_answers, write_answers
 
 
 @pytest.fixture(autouse=True)

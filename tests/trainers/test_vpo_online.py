@@ -13,9 +13,9 @@ from llmrl.config.parse import parse
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
 from llmrl.runs import checkpoints
 from llmrl.runs.launch import run_command
-from llmrl.trainers import vpo_online
-from llmrl.trainers.calibration import FILE, read_answers
-from llmrl.trainers.vpo_rounds import labelled
+from llmrl.trainers.vpo import online as vpo_online
+from llmrl.trainers.vpo.calibration import FILE, read_answers
+from llmrl.trainers.vpo.rounds import labelled
 
 
 @pytest.fixture(autouse=True)

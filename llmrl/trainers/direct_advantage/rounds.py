@@ -30,10 +30,10 @@ from llmrl.learner.sequences import Group
 from llmrl.objectives.direct_advantage import reliability
 from llmrl.rollout.protocol import row_seed
 from llmrl.runs.files import write_json
-from llmrl.trainers.direct_advantage import DirectAdvantageConfig
-from llmrl.trainers.direct_advantage_rounds import critic as critics
-from llmrl.trainers.direct_advantage_rounds.stage_files import Line, StageFolder, Tallies, by_the_first
-from llmrl.trainers.direct_advantage_rounds.stages import (
+from llmrl.trainers.direct_advantage import critic as critics
+from llmrl.trainers.direct_advantage.config import DirectAdvantageConfig
+from llmrl.trainers.direct_advantage.stage_files import Line, StageFolder, Tallies, by_the_first
+from llmrl.trainers.direct_advantage.stages import (
     Candidate,
     action_line,
     actor_group,

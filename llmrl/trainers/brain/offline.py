@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.trainers.brain import BRAInKeys
+from llmrl.trainers.brain.keys import BRAInKeys
 from llmrl.trainers.offline.config import OfflineKeys, describe_groups
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def train(
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
     from functools import partial
 
-    from llmrl.trainers.brain_update import SampleSizeWatch, heldout_metrics, improve
+    from llmrl.trainers.brain.update import SampleSizeWatch, heldout_metrics, improve
     from llmrl.trainers.offline.run import OfflineRun
 
     brain, watch = config.objective(config.proposal), SampleSizeWatch(run.note, REMEDY)

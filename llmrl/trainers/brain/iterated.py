@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.config import Keys
 from llmrl.config.keys import SchedulerType
+from llmrl.trainers.brain.keys import BRAInKeys
 from llmrl.trainers.online.command import check, describe_sampling, reward_in_words
 from llmrl.trainers.online.config import SamplingConfig
 
@@ -19,31 +19,9 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from llmrl.learner.sequences import Group
-    from llmrl.objectives.brain import BRAIn, Proposal
     from llmrl.runs import Run
 
-__all__ = ["BRAInConfig", "BRAInKeys", "Config", "check", "describe", "train"]
-
-
-class BRAInKeys(Keys):
-    """BRAIn: the posterior that is fitted, and by which of a prompt's samples."""
-
-    beta: Annotated[float, Field(gt=0)] = 0.5
-    """Temperature of the target p exp(reward / beta): larger keeps the policy closer to the prior. Good where the
-    deviation of a prompt's rewards is one or two times beta: brain/ess then lies between 2 and half of the samples."""
-    baseline: bool = True
-    """Subtract the policy's own weights from the target's, as published; false: likelihood weighted by the target."""
-    most_prior_gap: Annotated[float, Field(gt=0)] | None = None
-    """Samples whose log-probability under the prior and the proposal differ by more nats than this are left out of both
-    softmaxes; null = none are."""
-    truncated_samples: Literal["leave_out", "keep"] = "leave_out"
-    """Samples that a limit cut off: left out, or kept as answers of their own with the reward that they got."""
-
-    def objective(self, proposal: "Proposal") -> "BRAIn":
-        """The loss with this proposal."""
-        from llmrl.objectives.brain import BRAIn
-
-        return BRAIn(self.beta, proposal, self.baseline, self.most_prior_gap)
+__all__ = ["BRAInConfig", "Config", "check", "describe", "train"]
 
 
 class BRAInConfig(SamplingConfig, BRAInKeys):
@@ -119,7 +97,7 @@ def describe(config: BRAInConfig, world_size: int) -> dict[str, str | int | floa
 
 def train(config: BRAInConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
-    from llmrl.trainers.brain_update import SampleSizeWatch, improve
+    from llmrl.trainers.brain.update import SampleSizeWatch, improve
     from llmrl.trainers.online.experience import Experience, advance_schedule, means_of_updates
     from llmrl.trainers.online.run import SampledRun, tells_apart
 

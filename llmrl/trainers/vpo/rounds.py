@@ -21,11 +21,11 @@ from llmrl.rollout.collector import Task
 from llmrl.rollout.protocol import row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.runs import Run
-from llmrl.trainers.calibration import Answers, drawn_once
 from llmrl.trainers.offline.run import with_reference
 from llmrl.trainers.online.experience import advance_schedule, means_of_updates, token_sequences
 from llmrl.trainers.online.run import SampledRun
-from llmrl.trainers.vpo_online import VPOOnlineConfig
+from llmrl.trainers.vpo.calibration import Answers, drawn_once
+from llmrl.trainers.vpo.online_config import VPOOnlineConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

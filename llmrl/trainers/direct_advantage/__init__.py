@@ -1,4 +1,4 @@
-"""The rounds of Direct Advantage (`trainers/direct_advantage.py`): what happens in each, and the files that it leaves.
+"""Direct Advantage: `method` is its loop, `config` its keys; the others are what happens in a round.
 
 rounds        the stages in their order; stages: what they make of one another's files, no model is asked there
 critic        the value head's model, trained apart

@@ -1,7 +1,7 @@
 """VPO offline (pessimism): DPO that also keeps calibration answers likely.
 
 Cen et al., arXiv 2405.19320, Algorithm 2. The loss is `llmrl.objectives.vpo`, with s = -1; this file is configuration
-and loop. Online VPO (optimism) is `llmrl.trainers.vpo_online`.
+and loop. Online VPO (optimism) is `llmrl.trainers.vpo.online`.
 """
 
 from collections.abc import Callable, Sequence
@@ -127,7 +127,7 @@ def _sampled(
 ) -> "dict[int, Group]":
     """By row: samples of the policy as it is before its first update."""
     from llmrl.rollout.protocol import SamplingParams
-    from llmrl.trainers.calibration import drawn_once, sampled_answers
+    from llmrl.trainers.vpo.calibration import drawn_once, sampled_answers
 
     used = sorted({index for step in range(offline.total_steps) for index in offline.rows(step)})
     prompts = {row["row"]: row["prompt_ids"] for row in map(data.train.__getitem__, used)}

@@ -24,9 +24,9 @@ from llmrl.rewards.loading import function_named
 from llmrl.rollout.collector import Task
 from llmrl.rollout.protocol import row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
-from llmrl.trainers.direct_advantage import DirectAdvantageConfig
-from llmrl.trainers.direct_advantage_rounds.critic import state_group
-from llmrl.trainers.direct_advantage_rounds.stage_files import Line, Tallies
+from llmrl.trainers.direct_advantage.config import DirectAdvantageConfig
+from llmrl.trainers.direct_advantage.critic import state_group
+from llmrl.trainers.direct_advantage.stage_files import Line, Tallies
 
 Decode = Callable[[Sequence[int]], str]
 Action = tuple[int, ...]

@@ -1,0 +1,1 @@
+"""BRAIn: `iterated` and `offline` are its two loops; `keys` and `update` are what they share."""
