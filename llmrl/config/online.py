@@ -90,8 +90,6 @@ class SamplingKeys(Keys):
     """Rows to train on where the environment makes them."""
     environment_weight: float = 1.0
     """Weight of the environment's own rewards beside the reward functions."""
-    prompts_per_step: Positive = 16
-    """Prompts in one step, over all processes together."""
     samples_per_prompt: Positive = 8
     """Rollouts of each prompt (TRL: num_generations)."""
     max_completion_length: Positive = 256
@@ -148,6 +146,13 @@ class SamplingKeys(Keys):
                 f"{self.max_completion_length}"
             )
         return self
+
+
+class StepKeys(Keys):
+    """Rollouts: how many prompts a step of the method has."""
+
+    prompts_per_step: Positive = 16
+    """Prompts in one step, over all processes together."""
 
 
 class PolicyGradientKeys(Keys):

@@ -60,7 +60,7 @@ METHODS = {
     # It needs completions from within answers: about as many sampled tokens as the others' answers, of fewer prompts.
     "direct_advantage": Method(
         "Direct Advantage", "direct_advantage/run.py", "direct_advantage/tiny.yaml", None,
-        ("--rounds", "1", "--prompts_per_step", "256", "--kept_per_prompt", "2", "--completions_per_state", "6",
+        ("--rounds", "1", "--prompts_per_round", "256", "--kept_per_prompt", "2", "--completions_per_state", "6",
          "--states_per_step", "16", "--max_completion_length", "64"),
     ),
 }  # fmt: skip

@@ -19,7 +19,7 @@ def test_a_round_of_the_tiny_preset_teaches_the_starter_to_carry(
     standard errors, and a policy that does not move gives the same answers."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("llmrl.runs.report.write_report", lambda directory: directory)
-    smaller = ("--rounds", "1", "--max_steps", "8", "--prompts_per_step", "40", "--eval_rows", "200")
+    smaller = ("--rounds", "1", "--max_steps", "8", "--prompts_per_round", "40", "--eval_rows", "200")
     words = ["--config", "recipes/direct_advantage/tiny.yaml", "--output_dir", str(tmp_path / "run"), *smaller]
     module = direct_advantage
     assert run_command(module.Config, module.describe, module.train, words) == 0

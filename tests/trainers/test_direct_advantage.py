@@ -13,14 +13,14 @@ import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from support.forked import finish, launched
+from support.forked import finish, launched, signalled
 from support.models import make_tiny_model
 from support.online_run import write_online_config
 from support.recipe_run import final_weights, metrics
 
 from llmrl.config import ModelKeys
-from llmrl.data.steps import by_delimiter
-from llmrl.errors import RefusedError
+from llmrl.data.steps import by_delimiter, segmenter
+from llmrl.errors import RefusedError, RunFailedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.loading import load_model
 from llmrl.learner.options import LearnerOptions
@@ -116,13 +116,13 @@ def test_answers_without_any_step_are_refused_with_an_example() -> None:
 def test_answers_are_divided_by_a_function_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def words(text):\n    return [text[i : i + 2] for i in range(0, len(text), 2)]\n")
-    split = stages.segmenter(config(step_function=f"{file}:words"))
+    split = segmenter(config(step_function=f"{file}:words"))
     lines, _ = stages.states_of([RolloutGroup(1, {}, [answer([1, 2, 3, 4, 5, END], 1)])], config(), split, decode)
     assert [line["text"] for line in lines] == ["", "12", "1234"]
     with pytest.raises(RefusedError, match=r"step_function: .*mine.py:sentences.*did you mean `words`"):
-        stages.segmenter(config(step_function=f"{file}:sentences"))
+        segmenter(config(step_function=f"{file}:sentences"))
     with pytest.raises(RefusedError, match="step_function: `words` names no function"):
-        stages.segmenter(config(step_function="words"))
+        segmenter(config(step_function="words"))
 
 
 def test_success_needs_rewards_of_0_and_1_or_a_threshold() -> None:
@@ -174,7 +174,9 @@ def test_the_critic_is_judged_on_prompts_that_it_was_not_trained_on() -> None:
     assert len({i // 3 for i in held}) == 5
     assert not {i // 3 for i in trained} & {i // 3 for i in held}
     assert {len(group) for group in found.train} == {1, 2}  # the states of one answer are together
-    with pytest.raises(RefusedError, match="more prompts_per_step"):
+    with pytest.raises(RefusedError, match="none of the completions from 3 states has a reward"):
+        stages.critic_groups([{}, {}, {}], [], 0, 0.5, 0)
+    with pytest.raises(RefusedError, match="more prompts_per_round"):
         stages.critic_groups(states[:3], completions[:3], END, 0.1, 0)
 
 
@@ -350,7 +352,8 @@ def write_config(tmp_path: Path, worth: float = 1.0, **settings: Any) -> Path:
     own = {
         "rounds": 2, "kept_per_prompt": 2, "completions_per_state": 4, "max_states_per_response": 3,
         "step_delimiter": r"\w+", "critic_states_per_step": 8, "critic_learning_rate": 1e-2, "min_spread": 0.001,
-        "states_per_step": 4, "eval_rows": 0, "beta": 0.1, "rewards": [f"{reward}:paid"],
+        "states_per_step": 4, "eval_rows": 0, "beta": 0.1, "prompts_per_step": None, "prompts_per_round": 4,
+        "rewards": [f"{reward}:paid"],
     }  # fmt: skip
     return write_online_config(tmp_path, **{**own, **settings})
 
@@ -406,6 +409,12 @@ def test_a_run_and_its_files_and_the_same_run_killed_after_every_stage(
     resume = ("--resume_from_checkpoint", "latest")
     attempt = 0
     while len(kept) < 8:  # each attempt does one stage more, or a part of one, and finds those before it
+        if len(kept) == 7:  # only the second round's actions are missing
+            with monkeypatch.context() as patched:
+                patched.setattr(rounds.critics, "success", signalled(rounds.critics.success, 1))
+                assert run(file, *resume) == 75
+            stopped = json.loads((tmp_path / "run" / "summary.json").read_text())
+            assert "round 2, states whose actions are valued" in stopped["reason"]
         with monkeypatch.context() as patched:
             patched.setattr(stage_files.StageFolder, "_note", deadly(stage_files.StageFolder._note, 1))
             with pytest.raises(KilledError):
@@ -463,6 +472,19 @@ def test_what_cannot_be_divided_or_judged_is_refused(tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     assert "no state of" in said
     assert "lower min_spread" in said
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_refusal_after_a_stage_that_took_long_keeps_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise RefusedError("step_function gave no steps")
+
+    monkeypatch.setattr(rounds, "candidates_of", refuse)
+    assert run(write_config(tmp_path)) == 1
+    assert "step_function gave no steps" in capsys.readouterr().err
+    assert (tmp_path / "run" / "rounds" / "round_1" / "completions.jsonl").is_file()
 
 
 @pytest.mark.slow
@@ -537,6 +559,30 @@ def test_a_stage_is_made_once_and_holds_any_text(tmp_path: Path) -> None:
     assert asked == [0, 5, 10, 10]
     assert found == [{"first": 0}, {"first": 5}, {"first": 10}]
     assert sorted(path.name for path in folder("b").path.iterdir()) == ["stages.json", "x.jsonl", "y.jsonl"]
+
+
+def test_what_is_not_as_it_was_written_is_made_anew_or_ends_the_run(tmp_path: Path) -> None:
+    accelerator, said = Accelerator(cpu=True), list[str]()
+    own: Any = SimpleNamespace(directory=tmp_path, note=said.append)
+
+    def folder(fresh: bool) -> stage_files.StageFolder:
+        return stage_files.StageFolder(tmp_path / "round_1", {"weights": "a"}, fresh, own, accelerator)
+
+    def critic(path: Path) -> dict[str, float]:
+        (path / "model").write_text("weights")
+        return {}
+
+    folder(True).lines("x.jsonl", lambda: ([{"a": 1}, {"a": 2}], {}))
+    model = folder(True).folder("critic", critic) / "model"
+    for file, half in ((tmp_path / "round_1" / "x.jsonl", '{"a": 1}\n'), (model, "wei")):
+        file.write_text(half)
+        assert folder(True).tallies() == {}
+        assert f"{file.relative_to(tmp_path / 'round_1').parts[0]} is not as it was written" in said.pop()
+        folder(True).lines("x.jsonl", lambda: ([{"a": 1}, {"a": 2}], {}))
+        folder(True).folder("critic", critic)
+    (tmp_path / "round_1" / "x.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(RunFailedError, match="not as it was written, and what was trained on it"):
+        folder(False).lines("x.jsonl", lambda: ([], {}))
 
 
 def test_the_objective_pushes_a_state_as_its_file_says(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from llmrl.config.keys import SchedulerType
 from llmrl.trainers.brain.keys import BRAInKeys
 from llmrl.trainers.online.command import check, describe_sampling, reward_in_words
-from llmrl.trainers.online.config import SamplingConfig
+from llmrl.trainers.online.config import SteppedConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BRAInConfig", "Config", "check", "describe", "train"]
 
 
-class BRAInConfig(SamplingConfig, BRAInKeys):
+class BRAInConfig(SteppedConfig, BRAInKeys):
     """BRAIn, iterated: how often the samples are used before they are drawn again."""
 
     method: Literal["brain"] = "brain"

@@ -4,27 +4,24 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.config.keys import Positive, SchedulerType, Text
+from llmrl.config.keys import Positive, SchedulerType
+from llmrl.config.steps import AnswerStepKeys
 from llmrl.trainers.online.config import SamplingConfig
 
 
-class DirectAdvantageConfig(SamplingConfig):
+class DirectAdvantageConfig(SamplingConfig, AnswerStepKeys):
     """Direct Advantage (not decoupled-clip DAPO): rounds of sampling, critic and actor."""
 
     method: Literal["direct_advantage"] = "direct_advantage"
     """The method that this file configures."""
     rounds: Positive = 1
     """Rounds of all stages, each from the actor that the one before has trained (the paper made 1 or 2)."""
-    prompts_per_step: Annotated[int, Field(ge=2)] = 256
-    """Prompts of a round, over all processes together: a round is the step in which this method samples."""
+    prompts_per_round: Annotated[int, Field(ge=2)] = 256
+    """Prompts of a round, over all processes together."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 32
     """Answers to each prompt, of which kept_per_prompt are divided into steps (TRL: num_generations)."""
     kept_per_prompt: Positive = 6
     """Answers of a prompt whose states are looked at, as evenly right and wrong as they come, equal ones once."""
-    step_delimiter: Text = "\n"
-    """Regular expression that ends a step, to which it belongs."""
-    step_function: Text | None = None
-    """Your own instead: FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, from an answer's text to the list of its steps."""
     max_states_per_response: Positive | None = None
     """States of one answer, evenly spread over its steps; null = the prompt and every step but the last."""
     completions_per_state: Annotated[int, Field(ge=2)] = 16
@@ -57,6 +54,11 @@ class DirectAdvantageConfig(SamplingConfig):
     """Shape of the learning rate over the steps of all rounds."""
 
     @property
+    def prompts_at_once(self) -> int:
+        """Those of a round."""
+        return self.prompts_per_round
+
+    @property
     def steps_per_round(self) -> int:
         """Optimizer steps of the actor in each round."""
         return self.max_steps // self.rounds
@@ -74,8 +76,6 @@ class DirectAdvantageConfig(SamplingConfig):
                 f"kept_per_prompt {self.kept_per_prompt} of samples_per_prompt {self.samples_per_prompt} answers: keep "
                 "fewer, or sample more"
             )
-        if self.step_function is not None and self.step_delimiter != "\n":
-            raise ValueError("step_function divides answers by itself: leave step_delimiter out")
         return self
 
     @model_validator(mode="after")
@@ -83,6 +83,7 @@ class DirectAdvantageConfig(SamplingConfig):
         for key, meant, why in (
             ("num_train_epochs", 1.0, "how many states there are is only known when they were sampled; set max_steps"),
             ("max_staleness", 0, "a round's answers are all sampled before it trains"),
+            ("max_empty_steps", 20, "a round that teaches nothing ends the run"),
             ("reference", "auto", "the reference's log-probabilities are written down at the start of each round"),
         ):
             if getattr(self, key) != meant:

@@ -26,13 +26,13 @@ def describe(config: DirectAdvantageConfig, world_size: int) -> dict[str, str | 
     from llmrl.errors import RefusedError
     from llmrl.trainers.online.command import reward_in_words
 
-    for key in ("prompts_per_step", "states_per_step"):
+    for key in ("prompts_per_round", "states_per_step"):
         if getattr(config, key) < world_size:
             raise RefusedError(
                 f"{key} {getattr(config, key)} over {world_size} processes leaves some without any; set it to at "
                 f"least {world_size}"
             )
-    prompts, kept, completions = config.prompts_per_step, config.kept_per_prompt, config.completions_per_state
+    prompts, kept, completions = config.prompts_per_round, config.kept_per_prompt, config.completions_per_state
     states = "x its steps" if config.max_states_per_response is None else f"x up to {config.max_states_per_response}"
     steps = config.step_function or f"end with {config.step_delimiter!r}"
     return {
@@ -55,7 +55,7 @@ def describe(config: DirectAdvantageConfig, world_size: int) -> dict[str, str | 
 
 def check(config: DirectAdvantageConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.direct_advantage.stages import segmenter
+    from llmrl.data.steps import segmenter
     from llmrl.trainers.online.run import check_sampling
 
     segmenter(config)

@@ -14,7 +14,7 @@ begins, and it knows the weights of the round in which it stands.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,18 @@ import torch
 
 from llmrl.config.resolved import fingerprint
 from llmrl.data.order import rows_for_step
-from llmrl.errors import RunFailedError
+from llmrl.data.steps import segmenter
+from llmrl.errors import RefusedError, RunFailedError
 from llmrl.evaluation.progress import Ticker
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group
+from llmrl.learner.together import from_first
 from llmrl.objectives.direct_advantage import reliability
 from llmrl.rollout.protocol import row_seed
 from llmrl.runs.files import write_json
 from llmrl.trainers.direct_advantage import critic as critics
 from llmrl.trainers.direct_advantage.config import DirectAdvantageConfig
-from llmrl.trainers.direct_advantage.stage_files import Line, StageFolder, Tallies, by_the_first
+from llmrl.trainers.direct_advantage.stage_files import Line, StageFolder, Tallies
 from llmrl.trainers.direct_advantage.stages import (
     Candidate,
     action_line,
@@ -41,7 +43,6 @@ from llmrl.trainers.direct_advantage.stages import (
     completion_line,
     critic_groups,
     going_on,
-    segmenter,
     states_of,
     tasks_from,
 )
@@ -94,7 +95,7 @@ class Rounds:
     def _enter(self, number: int, step: int, begins: bool) -> None:
         if begins:
             self.sampled.session.checkpoint()
-            self._weights = by_the_first(self.accelerator, lambda: digest(self.learner))
+            self._weights = from_first(self.accelerator, lambda: digest(self.learner))
         identity = {
             "weights": self._weights,
             "dataset": self.sampled.task.data.fingerprint,
@@ -103,7 +104,10 @@ class Rounds:
         path = self.run.directory / "rounds" / f"round_{number + 1}"
         folder = StageFolder(path, identity, begins, self.run, self.accelerator)
         stages = _Stages(self, folder, number, number * self.config.steps_per_round)
-        kept = [line for line in folder.lines("actions.jsonl", stages.actions) if line["kept"]]
+        try:
+            kept = [line for line in folder.lines("actions.jsonl", stages.actions) if line["kept"]]
+        except RefusedError as error:  # what is refused leaves no run behind, and here are files that took long to make
+            raise (RunFailedError(str(error)) if folder.tallies() else error) from error
         tallies = folder.tallies()
         self._record_critic(number * self.config.steps_per_round, tallies["critic"])
         if not kept:
@@ -135,20 +139,13 @@ class _Stages:
         self.config, self.sampled, self.run = rounds.config, rounds.sampled, rounds.run
         self.learner, self.decode = rounds.learner, rounds.decode
 
-    def ticker(self, what: str) -> Callable[[int, int], None]:
+    def watched(self, what: str) -> Ticker:
         """Says how far `what` is, and ends the run where a signal asks for it."""
-        what = f"round {self.number + 1}, {what}"
-        tick = Ticker(self.run.console.say, what)
-
-        def progress(done: int, total: int) -> None:
-            tick(done, total)
-            self.sampled.session.end_if_asked(f"{what} ({done} of {total})")
-
-        return progress
+        return self.sampled.session.watched(f"round {self.number + 1}, {what}")
 
     def states(self) -> tuple[list[Line], Tallies]:
         """A.1: answers of the actor, and the states of those that are kept."""
-        self.sampled.sampler.cursor.position = self.number * self.config.prompts_per_step
+        self.sampled.sampler.cursor.position = self.number * self.config.prompts_per_round
         collected = self.sampled.collect(self.step)
         lines, counts = states_of(collected.groups, self.config, self.rounds.split, self.decode)
         self.run.note(
@@ -204,14 +201,14 @@ class _Stages:
         self, train: list[Group], validation: list[Group], training: critics.CriticTraining, folder: Path
     ) -> Tallies:
         course: list[Line] = []
-        tick = self.ticker("steps of the critic")
+        tick = self.watched("steps of the critic")
 
         def after_step(done: int, total: int, metrics: dict[str, float]) -> None:
             course.append({"step": done, **metrics})
             tick(done, total)
 
         critic = critics.fit(self.learner, train, training, after_step)
-        predicted = critics.success(critic, validation, self.ticker("groups of states valued for validation"))
+        predicted = critics.success(critic, validation, self.watched("groups of states valued for validation"))
         rates = [float(s.token_values["success_rate"][0]) for group in validation for s in group]
         judged = reliability([v for group in predicted for v in group], rates)
         critics.save(critic, folder)
@@ -266,13 +263,13 @@ class _Stages:
             if different
         ]
         critic = critics.load(folder, self.config, self.learner)
-        found = iter(critics.success(critic, groups, self.ticker("states whose actions are valued")))
+        found = iter(critics.success(critic, groups, self.watched("states whose actions are valued")))
         return [dict(zip(different, next(found), strict=True)) if different else {} for different in actions]
 
     def _add_reference(self, kept: list[Line]) -> None:
         """The log-probabilities of the actions' tokens with the weights of now, with which the round begins."""
         groups = [actor_group(line) for line in kept]
-        known = self.learner.logprobs(groups, progress=self.ticker("states scored by the reference"))
+        known = self.learner.logprobs(groups, progress=self.watched("states scored by the reference"))
         for line, logprobs in zip(kept, known, strict=True):
             for action, numbers in zip(line["actions"], logprobs, strict=True):
                 action["reference_logprobs"] = numbers.tolist()

@@ -2,77 +2,75 @@
 
 Invariants
 - Whatever goes on with a stage reads it from its file, so that it is the same for who made it and who came later.
-- A file is there whole or not at all; a stage is done once `NOTES` names it.
+- A file is there whole or not at all; a stage is done once `NOTES` names it, with the digest of what it has left. What
+  is no longer as it was written is never read: the work begins anew, or ends where it cannot.
 - The first rank reads and writes, and what that raises, all ranks raise.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
 
-from llmrl.errors import LlmrlError, RunFailedError
-from llmrl.learner.sharding import gather_objects
+from llmrl.errors import RunFailedError
+from llmrl.learner.together import from_first
 from llmrl.runs import Run, checkpoints
 from llmrl.runs.disk import as_disk_failure
 from llmrl.runs.files import read_json, write_json, write_text
-from llmrl.trainers.online.engines import raise_together
 
 NOTES = "stages.json"
 """What the folder comes from, and the counts of each stage that is done."""
+ANEW = (
+    "go on from a checkpoint before this round, which makes it again (--resume_from_checkpoint PATH), or, where there "
+    "is none, begin a run in another output_dir"
+)
 Line = dict[str, Any]
 Tallies = dict[str, float]
-T = TypeVar("T")
-
-
-def by_the_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives the first rank, on all of them; what it raises there, too."""
-    value: Any = None
-    failure: LlmrlError | None = None
-    if accelerator.is_main_process:
-        try:
-            value = work()
-        except LlmrlError as error:
-            failure = error
-    raise_together(accelerator, failure)
-    found: T = gather_objects(accelerator, value)[0]
-    return found
 
 
 class StageFolder:
     """Files and folders below `path`, each made once. `identity`: what they come from; where they come from something
-    else they are set aside if the work begins now (`fresh`), and else the run cannot go on. Called on all ranks."""
+    else, or are damaged, they are set aside if the work begins now (`fresh`), and else the run cannot go on. Called on
+    all ranks."""
 
     def __init__(self, path: Path, identity: dict[str, Any], fresh: bool, run: Run, accelerator: Accelerator) -> None:
         self.path, self.identity, self.run, self.accelerator = path, identity, run, accelerator
-        by_the_first(accelerator, lambda: self._claim(fresh))
+        from_first(accelerator, lambda: self._claim(fresh))
 
     def _claim(self, fresh: bool) -> None:
         stored = read_json(self.path / NOTES, {})
-        if stored.get("identity") == self.identity:
+        is_ours = stored.get("identity") == self.identity
+        damaged = [name for name in stored.get("stages", {}) if not self._is_as_written(name, stored)] if fresh else []
+        if is_ours and not damaged:
             return
         if not fresh:
             raise RunFailedError(
                 f"{self.path} is not there as the checkpoint knows it, with its weights, data and configuration. Put "
-                "it back, or go on from an earlier checkpoint, which makes it again: --resume_from_checkpoint PATH"
+                f"it back, or {ANEW}"
             )
         with self._writing(NOTES):
             if self.path.exists():
                 aside = self.path.with_name(f"{self.path.name}.superseded")
                 shutil.rmtree(aside, ignore_errors=True)
                 self.path.rename(aside)
-                self.run.note(f"{self.path} came from other weights, data or keys: it is set aside as {aside}")
+                why = f"{damaged[0]} is not as it was written" if is_ours else "it is of other weights, data or keys"
+                self.run.note(f"{self.path} is set aside as {aside}, and made anew: {why}")
             self.path.mkdir(parents=True)
-            write_json(self.path / NOTES, {"identity": self.identity, "stages": {}})
+            write_json(self.path / NOTES, {"identity": self.identity, "stages": {}, "digests": {}})
+
+    def _is_as_written(self, name: str, stored: dict[str, Any]) -> bool:
+        known = stored.get("digests", {}).get(name)
+        return bool(known) and known == digest_of(self.path / name)
 
     def tallies(self) -> dict[str, Tallies]:
         """What is known of the stages that are whole, by their names."""
-        stages: dict[str, Tallies] = by_the_first(
+        stages: dict[str, Tallies] = from_first(
             self.accelerator, lambda: read_json(self.path / NOTES, {}).get("stages", {})
         )
         return stages
@@ -81,8 +79,8 @@ class StageFolder:
         """The stage's lines, made if they are not there."""
         if name not in self.tallies():
             made, counts = make()
-            by_the_first(self.accelerator, lambda: self._write(name, made, counts))
-        return by_the_first(self.accelerator, lambda: self._read(name))
+            from_first(self.accelerator, lambda: self._write(name, made, counts))
+        return from_first(self.accelerator, lambda: self._read(name))
 
     def parts(self, name: str, firsts: Iterable[int], make: Callable[[int], list[Line]]) -> list[Line]:
         """Lines for `lines` of this name, made part by part; what was made before a kill is taken as it is."""
@@ -100,10 +98,10 @@ class StageFolder:
                 shutil.rmtree(pending, ignore_errors=True)
                 pending.mkdir()
 
-            by_the_first(self.accelerator, begin)
+            from_first(self.accelerator, begin)
             counts = make(pending)
             self.accelerator.wait_for_everyone()
-            by_the_first(self.accelerator, lambda: self._publish(name, pending, counts))
+            from_first(self.accelerator, lambda: self._publish(name, pending, counts))
         return self.path / name
 
     def _publish(self, name: str, pending: Path, counts: Tallies) -> None:
@@ -122,17 +120,17 @@ class StageFolder:
     def _note(self, name: str, counts: Tallies) -> None:
         """The stage is done, and its parts are no longer needed."""
         stored = read_json(self.path / NOTES, {})
-        stages = {other: its for other, its in stored["stages"].items() if not other.startswith(f".{name}.")}
-        write_json(self.path / NOTES, {**stored, "stages": {**stages, name: counts}})
+        parts = f".{name}."
+        stages = {other: its for other, its in stored["stages"].items() if not other.startswith(parts)}
+        digests = {other: its for other, its in stored["digests"].items() if not other.startswith(parts)}
+        digests[name] = digest_of(self.path / name)
+        write_json(self.path / NOTES, {**stored, "stages": {**stages, name: counts}, "digests": digests})
 
     def _read(self, name: str) -> list[Line]:
-        try:
-            return [json.loads(line) for line in (self.path / name).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise RunFailedError(
-                f"{self.path / name} cannot be read any more ({error}), though it was whole: remove {self.path}, and "
-                "go on from a checkpoint before it"
-            ) from error
+        path = self.path / name
+        if not self._is_as_written(name, read_json(self.path / NOTES, {})):
+            raise RunFailedError(f"{path} is not as it was written, and what was trained on it is gone: {ANEW}")
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -143,6 +141,18 @@ class StageFolder:
             root = self.run.directory
             failure = as_disk_failure(error, root, f"{self.path.name}/{what}", checkpoints.latest(root))
             raise failure or RunFailedError(str(error)) from error
+
+
+def digest_of(path: Path) -> str | None:
+    """SHA-256 of a file, or of all files below a folder with their names; None where there is nothing."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = "".join(f"{digest_of(file)} {file.relative_to(path)}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _without_counts(make: Callable[[int], list[Line]], first: int) -> tuple[list[Line], Tallies]:

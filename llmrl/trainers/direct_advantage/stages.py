@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from llmrl.data.order import epoch_order
-from llmrl.data.steps import Segmenter, by_delimiter, by_function, step_ends
+from llmrl.data.steps import Segmenter, step_ends
 from llmrl.errors import RefusedError
 from llmrl.learner.sequences import Group, TokenSequence
 from llmrl.objectives.direct_advantage import spread, step_advantages
-from llmrl.rewards.loading import function_named
 from llmrl.rollout.collector import Task
 from llmrl.rollout.protocol import row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
@@ -30,13 +29,6 @@ from llmrl.trainers.direct_advantage.stage_files import Line, Tallies
 
 Decode = Callable[[Sequence[int]], str]
 Action = tuple[int, ...]
-
-
-def segmenter(config: DirectAdvantageConfig) -> Segmenter:
-    """What divides answers. Raises RefusedError for an expression or a function that is none."""
-    if config.step_function is None:
-        return by_delimiter(config.step_delimiter)
-    return by_function(function_named(config.step_function, "step_function"), config.step_function)
 
 
 def is_right(rollout: Rollout, threshold: float | None) -> bool:
@@ -179,10 +171,15 @@ def critic_groups(
     """`behind`: the token at which a state's value is read. `validation`: share of the prompts that are held out, at
     least one. Raises RefusedError where only one prompt has states."""
     rows = sorted({line["row"] for line in completions})
+    if not rows:
+        raise RefusedError(
+            f"none of the completions from {len(states)} states has a reward. Remedy: a reward function that judges "
+            "them; rollouts/step_N.jsonl shows answers with their rewards"
+        )
     if len(rows) < 2:
         raise RefusedError(
             f"states of {len(rows)} prompt(s): the critic is trained on some prompts and judged on others. Remedy: "
-            "more prompts_per_step"
+            "more prompts_per_round"
         )
     num_held = min(max(1, round(validation * len(rows))), len(rows) - 1)
     held = {rows[i] for i in epoch_order(len(rows), seed, 0)[:num_held]}

@@ -1,7 +1,7 @@
 """What `--dry-run` and `llmrl check` say of a method that samples, from its configuration. Loads without torch."""
 
 from llmrl.errors import RefusedError
-from llmrl.trainers.online.config import SamplingConfig
+from llmrl.trainers.online.config import SamplingConfig, SteppedConfig
 
 
 def check(config: SamplingConfig) -> list[str]:
@@ -11,7 +11,7 @@ def check(config: SamplingConfig) -> list[str]:
     return check_sampling(config)
 
 
-def describe_sampling(config: SamplingConfig, world_size: int, updates: int) -> dict[str, str | int | float]:
+def describe_sampling(config: SteppedConfig, world_size: int, updates: int) -> dict[str, str | int | float]:
     """The batch arithmetic of a step's rollouts. `updates`: optimizer steps of a step, at most."""
     if config.prompts_per_step < world_size:
         raise RefusedError(

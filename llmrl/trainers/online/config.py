@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from llmrl.config import Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
-from llmrl.config.online import SamplingKeys
+from llmrl.config.online import SamplingKeys, StepKeys
 from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
 
 
@@ -36,11 +36,16 @@ class SamplingConfig(ModelKeys, SamplingKeys, RewardKeys, OptimizationKeys, RunK
             )
         return self
 
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts that are answered with the same weights, over all processes together."""
+        raise NotImplementedError
+
     def num_steps(self, num_prompts: int) -> int:
         """Steps of the method: max_steps, or as many as the epochs need."""
         if self.max_steps > 0:
             return self.max_steps
-        return math.ceil(self.num_train_epochs * num_prompts / self.prompts_per_step)
+        return math.ceil(self.num_train_epochs * num_prompts / self.prompts_at_once)
 
     def reward_keys(self) -> RewardKeys:
         """What the reward functions are built from."""
@@ -50,3 +55,12 @@ class SamplingConfig(ModelKeys, SamplingKeys, RewardKeys, OptimizationKeys, RunK
         """These keys as (name, value, default)."""
         fields = type(self).model_fields
         return [(name, getattr(self, name), fields[name].get_default(call_default_factory=True)) for name in names]
+
+
+class SteppedConfig(SamplingConfig, StepKeys):
+    """Keys of those that sample in every step."""
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Those of a step."""
+        return self.prompts_per_step

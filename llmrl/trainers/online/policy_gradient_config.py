@@ -8,10 +8,10 @@ from pydantic import model_validator
 from llmrl.config.online import PolicyGradientKeys
 from llmrl.objectives.presets import Place, Preset, preset
 from llmrl.objectives.settings import LossSettings
-from llmrl.trainers.online.config import SamplingConfig
+from llmrl.trainers.online.config import SteppedConfig
 
 
-class PolicyGradientConfig(SamplingConfig, PolicyGradientKeys):
+class PolicyGradientConfig(SteppedConfig, PolicyGradientKeys):
     """Keys of the policy-gradient methods, which learn from their own rollouts."""
 
     def own_keys(self) -> list[tuple[str, Any, Any]]:

@@ -18,7 +18,7 @@ from llmrl.data.order import RowCursor
 from llmrl.errors import LlmrlError, RefusedError, RunFailedError, RunInterruptedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.meeting import Meeting
-from llmrl.learner.sharding import gather_objects
+from llmrl.learner.together import all_do, gather, raise_together
 from llmrl.rollout.collector import Collected, Collector, GroupPolicy, Progress, Task
 from llmrl.rollout.protocol import Engine, row_seed
 from llmrl.rollout.trajectory import RolloutGroup
@@ -31,7 +31,6 @@ from llmrl.trainers.online.engines import (
     build_engine,
     length_within,
     put_to_sleep,
-    raise_together,
     synchronise,
     wake_up,
 )
@@ -57,7 +56,7 @@ class Sampler:
         self.config, self.task, self.learner, self.run = config, task, learner, run
         self.dynamic_sampling = dynamic_sampling
         self.meeting, self._closing = Meeting(learner.accelerator), False
-        self.engine = self._built()
+        self.engine = all_do(learner.accelerator, self._built)
         self.adapter = adapter_alone(config, learner)
         self.cursor = RowCursor(len(task.data.train), config.seed)
         self.version, self._synced = 0, -1  # how often the learner changed, and which of its states the engine has
@@ -65,13 +64,8 @@ class Sampler:
         self._short_said = False
 
     def _built(self) -> Engine | None:
-        engine, failure = None, None
-        try:
-            engine = build_engine(self.config, self.learner, self.task.tokenizer, self.task.max_length)
-            self.task.max_length = length_within(engine, self.config, self.task.max_length, self.run.note)
-        except LlmrlError as error:
-            failure = error
-        raise_together(self.learner.accelerator, failure)
+        engine = build_engine(self.config, self.learner, self.task.tokenizer, self.task.max_length)
+        self.task.max_length = length_within(engine, self.config, self.task.max_length, self.run.note)
         return engine
 
     def close(self) -> None:
@@ -116,7 +110,7 @@ class Sampler:
         """Take out the prompts that teach nothing; said once where all refills did not make a whole step."""
         found.discarded = [group for group in found.groups if not is_mixed(group)]
         found.groups = [group for group in found.groups if is_mixed(group)]
-        kept, asked = len(found.groups), self.config.prompts_per_step
+        kept, asked = len(found.groups), self.config.prompts_at_once
         if kept < asked and not self._short_said:
             self._short_said = True
             self.run.note(
@@ -166,11 +160,11 @@ class Sampler:
 
     def _step(self, step: int) -> list[Share]:
         """This rank's share of a step's rollouts, in as many collections as it took; the last may have failed."""
-        shares = [self._asked(step, 0, self.config.prompts_per_step)]
+        shares = [self._asked(step, 0, self.config.prompts_at_once)]
         if self.dynamic_sampling:
             for again in range(1, MOST_REFILLS + 1):
                 whole = self._whole(shares)
-                missing = self.config.prompts_per_step - sum(is_mixed(group) for group in whole.groups)
+                missing = self.config.prompts_at_once - sum(is_mixed(group) for group in whole.groups)
                 if missing <= 0:
                     break
                 shares.append(self._asked(step, again, missing))
@@ -236,7 +230,7 @@ class Sampler:
     def _whole(self, shares: list[Share]) -> Collected:
         """All ranks' shares together, in the order of the tasks."""
         self._meet()
-        everyone = gather_objects(self.learner.accelerator, sound(shares) or [])
+        everyone = gather(self.learner.accelerator, sound(shares) or [])
         failure = next((share for share in shares if isinstance(share, LlmrlError)), None)
         if self.run.interrupted and not self.run.training:  # nobody else would hear of it before the first step
             failure = failure or RunInterruptedError("a signal asked for it before the first step")
@@ -261,7 +255,7 @@ class Sampler:
             return {"position": self.cursor.position, "ahead": None}
         mine = self._ahead.sound()
         self._meet()
-        shares = gather_objects(self.learner.accelerator, mine)
+        shares = gather(self.learner.accelerator, mine)
         if any(share is None for share in shares):  # the next step will say why; a resumed run tries again
             return {"position": self._ahead.position, "ahead": None}
         parts = [[asdict(part) for part in share or []] for share in shares]

@@ -5,10 +5,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import Positive, SchedulerType
-from llmrl.trainers.online.config import SamplingConfig
+from llmrl.trainers.online.config import SteppedConfig
 
 
-class VPOOnlineConfig(SamplingConfig):
+class VPOOnlineConfig(SteppedConfig):
     """VPO online: what a round learns from its samples."""
 
     method: Literal["vpo_online"] = "vpo_online"
