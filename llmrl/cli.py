@@ -90,7 +90,8 @@ def credit(words: Sequence[str]) -> None:
     --data       preference pairs, in any format that llmrl trains on (docs/data.md)
     --rows       rows of the data, from 1 (default: 1,2,3)
     --beta       the beta of the training (default: 0.1)
-    --step_ends  a regular expression that ends a step (default: the ends of lines)
+    --step_delimiter  a regular expression that ends a step (default: a newline, so that steps are lines)
+    --step_function   FILE.py:FUNCTION instead, from an answer's text to the list of its steps
     --tokens_per_microbatch  tokens in one forward pass (default: 4096)
     """
     from llmrl.evaluation.credit.command import CreditKeys

@@ -1,16 +1,30 @@
-"""An answer as steps: where each ends in its text, and after which of the tokens that were sampled.
+"""An answer as steps: where each ends in its text, and after which of its tokens. There is no other definition.
 
 Invariants: a step holds the delimiter that closes it, the last one whatever ends the answer; the steps of an answer are
-all of it; nothing is tokenised again, so a token that reaches over a boundary belongs to the step before it.
+all of it. Nothing is tokenised again, and two questions have one answer each, because a step is what a policy does:
+
+- a token that reaches over a boundary belongs to the step that it closes: the step is not over before it, and what is
+  sampled next begins after it;
+- what shows nothing, such as a blank line, belongs to the step before it: otherwise nothing but blanks would be a step,
+  and two states would differ that say the same.
 """
 
 import re
 from collections.abc import Callable, Sequence
 
+from llmrl.config.functions import function_named
+from llmrl.config.steps import NEWLINE, AnswerStepKeys
 from llmrl.errors import RefusedError
 
 Segmenter = Callable[[str], list[str]]
 """From a text to its steps in order, which together are the text."""
+
+
+def segmenter(keys: AnswerStepKeys) -> Segmenter:
+    """What divides answers. Raises RefusedError for an expression or a function that is none."""
+    if keys.step_function is None:
+        return by_delimiter(keys.step_delimiter)
+    return by_function(function_named(keys.step_function, "step_function"), keys.step_function)
 
 
 def by_delimiter(pattern: str) -> Segmenter:
@@ -47,6 +61,9 @@ def by_function(function: Callable[[str], list[str]], name: str) -> Segmenter:
         return steps
 
     return split
+
+
+LINES = by_delimiter(NEWLINE)
 
 
 def steps_of(text: str, split: Segmenter) -> list[str]:

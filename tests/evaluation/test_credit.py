@@ -12,10 +12,11 @@ from support.words import word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from llmrl.data.steps import by_delimiter, step_ends
 from llmrl.errors import RefusedError
 from llmrl.evaluation.credit.answer import Credit, lowest
 from llmrl.evaluation.credit.model import CreditModel, Question
-from llmrl.evaluation.credit.spans import step_spans, token_spans
+from llmrl.evaluation.credit.spans import token_spans
 
 QUESTION = Question("the cat sees", ("a red dog", "one two three four"))
 SPOKEN = Question(
@@ -141,34 +142,44 @@ def test_a_blank_that_a_tokenizer_drops_at_the_beginning_is_kept_in_the_middle()
     assert token_spans(decode, [1], [2, 3]) == (" cat sat", [(0, 4), (4, 8)])
 
 
-@pytest.mark.parametrize(
-    ("text", "ends", "steps"),
-    [
-        ("1 = 1\n2 = 2\nend", r"\n+", ["1 = 1\n", "2 = 2\n", "end"]),
-        ("\n\na\n\n\nb\n", r"\n+", ["\n\na\n\n\n", "b\n"]),
-        ("a. b. c", r"\.\s", ["a. ", "b. ", "c"]),
-        ("no end", r"\n", ["no end"]),
-        ("   ", r"\n", ["   "]),
-        ("ab", r"", ["a", "b"]),
-    ],
-)
-def test_steps_cover_the_text(text: str, ends: str, steps: list[str]) -> None:
-    spans = step_spans(text, ends)
-    assert [text[start:end] for start, end in spans] == steps
+@pytest.mark.parametrize("delimiter", ["\n", r"\n\n", " ", "🙂", r"\d"])
+def test_steps_are_those_that_direct_advantage_trains(delimiter: str) -> None:
+    """Of the same ids the same token ends, wherever characters of several tokens, blanks and the ending token lie."""
+    tokenizer, draw = byte_tokenizer(), np.random.default_rng(0)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    tokenizer.add_tokens(["\nAnswer: ", "\n\n", "6\n4", " \n"])
+    split = by_delimiter(delimiter)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    several = 0
+    for _ in range(60):
+        pieces = draw.choice(
+            ["12 + 3 = 15", "\n", "\n\n", " ", "🙂", "é", "\nAnswer: ", "6\n4", " \n"], draw.integers(1, 12)
+        )
+        ids = [*tokenizer("".join(pieces))["input_ids"], tokenizer.eos_token_id]
+        text, spans = token_spans(tokenizer.decode, [], ids)
+        nothing = np.zeros(len(ids), np.float32)
+        steps = Credit(text, np.array(ids), spans, nothing, nothing, 1.0, ends=True).steps(split)
+        assert [step.tokens[-1] + 1 for step in steps] == step_ends(ids, split, decode)
+        assert "".join(step.text for step in steps) == text
+        several += len(steps) > 1
+    assert several > 20
 
 
 def test_step_sums_by_hand() -> None:
-    """Tokens 1=|1|\\n2=|3|</s>: the third begins with a line's end and says what stands in the next."""
+    """Tokens 1=|1|\\n2|=3|</s>: the third reaches over the line's end, and is needed to end it."""
     text = "1=1\n2=3</s>"
-    spans = [(0, 2), (2, 3), (3, 6), (6, 7), (7, 11)]
+    spans = [(0, 2), (2, 3), (3, 5), (5, 7), (7, 11)]
     mine = np.array([-1.0, -2.0, -0.5, -4.0, -0.25], np.float32)
-    theirs = np.array([-2.0, -1.0, -0.5, -1.0, -0.75], np.float32)
+    theirs = np.array([-2.0, -1.0, -1.0, -1.0, -0.75], np.float32)
     credit = Credit(text, np.arange(5), spans, mine, theirs, 0.5, ends=True)
-    assert credit.rewards.tolist() == [0.5, -0.5, 0.0, -1.5, 0.25]
+    assert credit.rewards.tolist() == [0.5, -0.5, 0.25, -1.5, 0.25]
     first, second = credit.steps()
-    assert (first.text, first.tokens.tolist(), first.reward, first.mean) == ("1=1\n", [0, 1], 0.0, 0.0)
-    assert (second.text, second.tokens.tolist(), second.reward) == ("2=3</s>", [2, 3, 4], -1.25)
-    assert second.mean == pytest.approx(-1.25 / 3)
-    assert (second.logprob, second.reference_logprob) == (-4.75, -2.25)
+    assert (first.text, first.tokens.tolist(), first.reward) == ("1=1\n2", [0, 1, 2], 0.25)
+    assert first.mean == pytest.approx(0.25 / 3)
+    assert (second.text, second.tokens.tolist(), second.reward) == ("=3</s>", [3, 4], -1.25)
+    assert (second.logprob, second.reference_logprob) == (-4.25, -1.75)
     assert lowest([first, second]) == 1
-    assert sum(step.reward for step in credit.steps("=")) == pytest.approx(credit.total)
+    assert sum(step.reward for step in credit.steps(by_delimiter("="))) == pytest.approx(credit.total)

@@ -13,6 +13,7 @@ from support.models import make_tiny_model
 from support.words import word_tokenizer
 
 from llmrl.cli import run
+from llmrl.data.steps import LINES
 from llmrl.evaluation.credit.answer import Credit
 from llmrl.evaluation.credit.numbers import Pair, Scale, summary, visible
 from llmrl.evaluation.credit.page import page
@@ -69,7 +70,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_inert_and_says_everything() -> None:
-    shown = Page(page(pairs(), FACTS, summary(pairs(), DRIFT), r"\n+"))
+    shown = Page(page(pairs(), FACTS, summary(pairs(), DRIFT), LINES))
     assert not set(shown.tags) & {"script", "img", "a", "link", "iframe", "form"}
     names = {name for name, _ in shown.attributes}
     assert not [name for name in names if name.startswith("on") or name in ("src", "href")]
@@ -86,7 +87,7 @@ def test_the_page_is_inert_and_says_everything() -> None:
 
 def printed(width: int = 60, **options: object) -> str:
     stream = io.StringIO()
-    show(pairs(), summary(pairs(), DRIFT), r"\n+", Console(file=stream, width=width, **options))  # type: ignore[arg-type]
+    show(pairs(), summary(pairs(), DRIFT), LINES, Console(file=stream, width=width, **options))  # type: ignore[arg-type]
     return stream.getvalue()
 
 
@@ -138,6 +139,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         {"prompt": "one", "chosen": " two", "rejected": " three " * 300},
     ]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "mine.py").write_text("def halves(text):\n    return [text[:3], text[4:]]\n")
     (root / "other.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     return {path.stem: str(path) for path in root.iterdir()} | {"root": str(root)}
 
@@ -174,7 +176,10 @@ def test_the_command_writes_a_page(files: dict[str, str], tmp_path: Path, capsys
         (["--data", "{root}/nothing.jsonl"], "no such file"),
         (["--model", "{root}"], "model: the folder"),
         (["--beta", "0"], "key `beta`: expected a number greater than 0"),
-        (["--step_ends", "("], "is not a regular expression"),
+        (["--step_delimiter", "("], "step_delimiter '(' is no regular expression"),
+        (["--step_delimiter", "x*"], "matches the empty text"),
+        (["--step_function", "{root}/mine.py:halves"], "mine.py:halves must give the steps as texts that together"),
+        (["--step_function", "{root}/mine.py:halves", "--step_delimiter", "x"], "leave step_delimiter out"),
         (["--output", "{root}"], "cannot be written"),
         (["--modle", "x"], "did you mean `model`"),
     ],

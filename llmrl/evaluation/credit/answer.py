@@ -1,26 +1,24 @@
 """One answer with what policy and reference say of each of its tokens, and the sums that can be read off it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmrl.evaluation.credit.spans import Span, step_of, step_spans
+from llmrl.data.steps import LINES, Segmenter, step_ends
+from llmrl.evaluation.credit.spans import Span
 from llmrl.learner.sequences import Floats, Ints
 from llmrl.objectives.dpo import token_rewards
 from llmrl.objectives.implicit_reward import cumulative_rewards, span_rewards
 
-NEWLINES = r"\n+"
-
 
 @dataclass(frozen=True)
 class Step:
-    """A part of an answer: its characters [start, end), its tokens (from 0), the sum and mean of their rewards, and the
-    sums of their log-probabilities."""
+    """A part of an answer: its text, its tokens (from 0), the sum and mean of their rewards, and the sums of their
+    log-probabilities."""
 
-    start: int
-    end: int
     text: str
     tokens: Ints
     reward: float
@@ -65,32 +63,34 @@ class Credit:
         """The characters of a token."""
         return self.text[slice(*self.spans[index])]
 
-    def steps(self, ends: str = NEWLINES) -> list[Step]:
-        """The answer in steps that end where the regular expression `ends` matches: by default its lines.
-
-        A token belongs to the step of its first character that is not blank, the one that ends the answer to the last.
-        """
-        last = self.spans[-1][0] if self.ends else len(self.text)
-        spans = step_spans(self.text[:last], ends)
-        spans[-1] = (spans[-1][0], len(self.text))
-        index_T = np.array([step_of(span, spans, self.text) for span in self.spans])
+    def steps(self, split: Segmenter = LINES) -> list[Step]:
+        """The answer divided by `split`, by default into its lines: the steps of llmrl/data/steps.py, as they are
+        trained. The token that ends the answer belongs to the last."""
+        ends = step_ends(range(len(self.spans)), split, self._visible)
+        index_T = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
         numbers = (self.rewards, self.logprobs, self.reference_logprobs)
         (rewards_K, means_K), (logprobs_K, _), (reference_K, _) = (
-            span_rewards(_tensor(each), torch.from_numpy(index_T), len(spans)) for each in numbers
+            span_rewards(_tensor(each), torch.from_numpy(index_T), len(ends)) for each in numbers
         )
         return [
             Step(
-                start=start,
-                end=end,
-                text=self.text[start:end],
-                tokens=np.flatnonzero(index_T == k),
+                text=self.text[self.spans[start][0] : self.spans[end - 1][1]],
+                tokens=np.arange(start, end),
                 reward=float(rewards_K[k]),
                 mean=float(means_K[k]),
                 logprob=float(logprobs_K[k]),
                 reference_logprob=float(reference_K[k]),
             )
-            for k, (start, end) in enumerate(spans)
+            for k, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
         ]
+
+    def _visible(self, indices: Sequence[int]) -> str:
+        """The text of tokens without that of the one that ended the answer; what several make stands at the last."""
+        last = len(self.spans) - 1
+        return "".join(
+            "" if (i == last and self.ends) or (i < last and self.spans[i] == self.spans[i + 1]) else self.token_text(i)
+            for i in indices
+        )
 
 
 def lowest(steps: list[Step]) -> int:

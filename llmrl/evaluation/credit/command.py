@@ -4,11 +4,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from llmrl.config.keys import Keys, Positive, Text
+from llmrl.config.keys import Positive, Text
+from llmrl.config.steps import AnswerStepKeys
+from llmrl.data.steps import Segmenter, segmenter
 from llmrl.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from llmrl.evaluation.credit.numbers import Pair
 
 
-class CreditKeys(Keys):
+class CreditKeys(AnswerStepKeys):
     """What is looked at, and where the map goes."""
 
     model: Text
@@ -31,26 +33,17 @@ class CreditKeys(Keys):
     """An HTML page to write; without it the map is shown in the terminal."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """The beta that the policy was trained with: what rewards are multiplied by."""
-    step_ends: Text = r"\n+"
-    """A regular expression: where it matches, a step of an answer ends. By default steps are lines."""
     tokens_per_microbatch: Positive = 4096
     """Tokens in one forward pass: less needs less memory."""
-
-    @field_validator("step_ends")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
-        return pattern
 
 
 def run(keys: CreditKeys, say: Callable[[str], None]) -> None:
     """Score the rows and show them, or write the page. Raises RefusedError before a model is loaded, where it can."""
     if keys.output is not None:
         _check_output(Path(keys.output))
+    split = segmenter(keys)
     questions = read_questions(keys.data, keys.rows)
+    _try(split, questions)
     from llmrl.evaluation.credit.model import CreditModel
 
     model = CreditModel.load(
@@ -67,7 +60,7 @@ def run(keys: CreditKeys, say: Callable[[str], None]) -> None:
     if keys.output is not None:
         from llmrl.evaluation.credit.page import page
 
-        _write(Path(keys.output), page(pairs, facts(keys), numbers, keys.step_ends))
+        _write(Path(keys.output), page(pairs, facts(keys), numbers, split))
         say(keys.output)
         return
     from rich.console import Console
@@ -76,7 +69,7 @@ def run(keys: CreditKeys, say: Callable[[str], None]) -> None:
     from llmrl.runs.console import SafeStream
 
     screen = Console(file=SafeStream(sys.stdout), highlight=False)  # type: ignore[arg-type]
-    show(pairs, numbers, keys.step_ends, screen)
+    show(pairs, numbers, split, screen)
 
 
 def facts(keys: CreditKeys) -> dict[str, str]:
@@ -106,20 +99,28 @@ def read_questions(data: str, rows: Sequence[int]) -> "list[Question]":
     return questions
 
 
+def _try(split: Segmenter, questions: "list[Question]") -> None:
+    """Divide the answers once as they stand in the data: a function of the user's that fails does so before a model is
+    loaded."""
+    for question in questions:
+        for answer in question.answers:
+            split(_as_text(answer))
+
+
 def _pairs(model: "CreditModel", questions: "list[Question]", rows: Sequence[int]) -> "list[Pair]":
     from llmrl.evaluation.credit.numbers import Pair
 
     found = model.credits(questions)
     return [
-        Pair(row, _as_text(question), chosen, rejected)
+        Pair(row, _as_text(question.prompt), chosen, rejected)
         for row, question, (chosen, rejected) in zip(rows, questions, found, strict=True)
     ]
 
 
-def _as_text(question: "Question") -> str:
-    if isinstance(question.prompt, str):
-        return question.prompt
-    return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in question.prompt)
+def _as_text(text: "str | list[dict[str, Any]]") -> str:
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in text)
 
 
 def _in_the_data(message: str, keys: CreditKeys) -> str:

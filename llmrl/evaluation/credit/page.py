@@ -7,6 +7,7 @@ by its own policy as well; what colours and tooltips say stands in tables, too.
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from llmrl.data.steps import Segmenter
 from llmrl.evaluation.credit.answer import Credit, Step, lowest
 from llmrl.evaluation.credit.numbers import Pair, Scale, visible
 from llmrl.runs.report import POLICY
@@ -41,11 +42,11 @@ HELP = (
 )
 
 
-def page(pairs: Sequence[Pair], facts: Mapping[str, str], numbers: Mapping[str, float], ends: str) -> str:
-    """The page. facts: what it was made of, shown at its top; numbers: `summary`; ends: what ends a step (a regular
-    expression)."""
+def page(pairs: Sequence[Pair], facts: Mapping[str, str], numbers: Mapping[str, float], split: Segmenter) -> str:
+    """The page. facts: what it was made of, shown at its top; numbers: `summary`; split: what divides answers
+    into steps."""
     scale = Scale.of(pairs)
-    cards = "".join(_card(pair, scale, ends) for pair in pairs)
+    cards = "".join(_card(pair, scale, split) for pair in pairs)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Credit map</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -69,14 +70,14 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<dl class="facts">{entries}</dl>'
 
 
-def _card(pair: Pair, scale: Scale, ends: str) -> str:
-    answers = "".join(_answer(name, credit, scale, ends) for name, credit in pair.answers)
+def _card(pair: Pair, scale: Scale, split: Segmenter) -> str:
+    answers = "".join(_answer(name, credit, scale, split) for name, credit in pair.answers)
     prompt = f'<p class="prompt"><span class="interval">row {pair.row}</span> {escape(pair.prompt)}</p>'
     return f'<section class="card credit">{prompt}{answers}</section>'
 
 
-def _answer(name: str, credit: Credit, scale: Scale, ends: str) -> str:
-    steps = credit.steps(ends)
+def _answer(name: str, credit: Credit, scale: Scale, split: Segmenter) -> str:
+    steps = credit.steps(split)
     low = lowest(steps)
     rows = "".join(_step(number, step, credit, scale, number == low) for number, step in enumerate(steps))
     head = '<th class="number">step</th><th>tokens</th><th class="number">sum</th><th class="number">a token</th>'

@@ -1,6 +1,5 @@
-"""Which characters of a text a token stands for, and which of its steps it belongs to."""
+"""Which characters of a text a token stands for."""
 
-import re
 from collections.abc import Callable, Sequence
 
 Span = tuple[int, int]
@@ -32,29 +31,3 @@ def token_spans(
         window = window[-CONTEXT:]
         before = decode(window)
     return text, spans
-
-
-def step_spans(text: str, ends: str) -> list[Span]:
-    """The steps of a text: each reaches to the end of a match of the regular expression `ends`, the last to the text's.
-
-    What would be a step of nothing but blanks belongs to the next one, or to the last.
-    """
-    spans: list[Span] = []
-    start = 0
-    for end in [*(match.end() for match in re.finditer(ends, text)), len(text)]:
-        if text[start:end].strip():
-            spans.append((start, end))
-            start = end
-    if not spans:
-        return [(0, len(text))]
-    return [*spans[:-1], (spans[-1][0], len(text))]
-
-
-def step_of(span: Span, steps: Sequence[Span], text: str) -> int:
-    """The step (from 0) of a token: that of its first character which is not blank, of a blank token of its first.
-
-    A tokenizer may have one token for a line's end and the next line's beginning, and what it says is the latter.
-    """
-    piece = text[slice(*span)]
-    at = span[0] + (len(piece) - len(piece.lstrip()) if piece.strip() else 0)
-    return next((index for index, (_, end) in enumerate(steps) if at < end), len(steps) - 1)

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from llmrl.data.steps import Segmenter
 from llmrl.evaluation.credit.answer import Credit, Step, lowest
 from llmrl.evaluation.credit.numbers import Pair, Scale, visible
 
@@ -15,13 +16,13 @@ LESS, MORE = (213, 94, 0), (0, 114, 178)
 """Okabe and Ito's vermilion and blue: told apart with any common colour blindness."""
 
 
-def show(pairs: Sequence[Pair], numbers: Mapping[str, float], ends: str, console: Console) -> None:
+def show(pairs: Sequence[Pair], numbers: Mapping[str, float], split: Segmenter, console: Console) -> None:
     """Print each pair, the two answers above each other, step by step, and the summary of all."""
     scale = Scale.of(pairs)
     for pair in pairs:
         console.print(Text(f"\nrow {pair.row}: {' '.join(visible(pair.prompt).split())}", "bold"))
         for name, credit in pair.answers:
-            _show_answer(name, credit, scale, ends, console)
+            _show_answer(name, credit, scale, split, console)
     console.print(Text(_summary(numbers)))
 
 
@@ -37,8 +38,8 @@ def _summary(numbers: Mapping[str, float]) -> str:
     )
 
 
-def _show_answer(name: str, credit: Credit, scale: Scale, ends: str, console: Console) -> None:
-    steps = credit.steps(ends)
+def _show_answer(name: str, credit: Credit, scale: Scale, split: Segmenter, console: Console) -> None:
+    steps = credit.steps(split)
     low = lowest(steps)
     console.print(Text(f"{name}: reward {scale.text(credit.total)} over {len(credit.spans)} tokens", "bold"))
     for number, step in enumerate(steps):
