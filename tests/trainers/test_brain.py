@@ -114,6 +114,10 @@ def test_a_target_of_one_sample_is_said_once_with_the_remedy() -> None:
     assert len(said) == 1
     assert "effective sample size of a prompt is 1.10" in said[0]
     assert "Raise beta" in said[0]
+    for left_out in (0.9, 1.0, 1.0):
+        watch({"brain/left_out": left_out})
+    assert [line for line in said if "leaves out every sample" in line] == said[1:]
+    assert len(said) == 2
 
 
 # -- offline -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from llmrl.learner.batches import scored_tokens
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Floats, Group, totals
 from llmrl.objectives.brain import BRAIn, WeightedLikelihood
+from llmrl.objectives.scored import reduced
 from llmrl.trainers.online.experience import within_budget
 
 COLLAPSED, STEPS_COLLAPSED = 1.2, 5
@@ -45,7 +46,7 @@ def measured(brain: BRAIn, groups: list[Group], logprobs: list[list[Floats]]) ->
     # log q of a sample is a sum over its tokens, so that each of them has the sample's own gradient.
     gradient_S = scored.sum_per_sequence(logprobs_N.grad) / scored.lengths_S()
     coefficients = iter((-len(groups) * gradient_S).tolist())
-    means = {name: _mean(name, values.double()) for name, values in metrics.items() if values.numel()}
+    means = {name: reduced(name, values) for name, values in metrics.items() if values.numel()}
     return Measured(
         loss.item(),
         means,
@@ -85,13 +86,20 @@ def improve(learner: Learner, brain: BRAIn, groups: list[Group], *, advance_sche
 
 
 class SampleSizeWatch:
-    """Says, once, when the target rests on about one sample of each prompt for several steps in a row."""
+    """Says, once, when the target rests on about one sample of each prompt for several steps in a row, and when a step
+    has no sample left."""
 
     def __init__(self, say: Callable[[str], None], remedy: str) -> None:
         self.say, self.remedy = say, remedy
-        self._steps, self._said = 0, False
+        self._steps, self._said, self._said_empty = 0, False, False
 
     def __call__(self, metrics: dict[str, float]) -> None:
+        if metrics.get("brain/left_out") == 1 and not self._said_empty:
+            self._said_empty = True
+            self.say(
+                "warning: most_prior_gap leaves out every sample of this step, which teaches nothing: proposal and prior "
+                "are further apart. Raise it, or take samples of a model nearer to the prior (said once)"
+            )
         size = metrics.get("brain/ess")
         if size is None:
             return
@@ -139,9 +147,3 @@ def _together(parts: list[list[Group]], logprobs: list[list[Floats]]) -> list[li
     """Log-probabilities of the parts as those of the groups that they are of."""
     scored = iter(logprobs)
     return [[piece for _ in divided for piece in next(scored)] for divided in parts]
-
-
-def _mean(name: str, values: torch.Tensor) -> float:
-    if name.endswith(("max", "min")):
-        return float(values.max() if name.endswith("max") else values.min())
-    return float(values.mean())
