@@ -6,17 +6,17 @@ import torch
 from llmrl.evaluation.intervals import wilson_interval
 from llmrl.learner.batches import scored_tokens
 from llmrl.learner.sequences import Floats, Group, totals
-from llmrl.objectives.scored import Objective
+from llmrl.objectives.scored import Objective, reduced
 
 
 def preference_metrics(groups: list[Group], logprobs: list[list[Floats]], objective: Objective) -> dict[str, float]:
-    """Means of the objective's metrics over the pairs, its loss, and a 95% interval of the accuracy.
+    """The objective's metrics of all pairs together, its loss, and a 95% interval of the accuracy.
 
     `groups` carry the reference's log-probabilities; `logprobs` are the policy's, per group and sequence.
     """
     flat_N = torch.from_numpy(np.concatenate([part for parts in logprobs for part in parts]))
     loss, metrics = objective.loss(flat_N, scored_tokens(groups, totals(groups), "cpu"))
-    means = {name: float(values.double().mean()) for name, values in metrics.items()}
+    means = {name: reduced(name, values) for name, values in metrics.items() if values.numel()}
     # Ties have no right answer, and the pairs of one group are not independent.
     decided = min(len(groups), metrics["rewards/accuracies"].numel())
     if not decided:

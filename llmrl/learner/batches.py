@@ -97,15 +97,17 @@ def scored_tokens(groups: list[Group], totals: Totals, device: torch.device | st
     def per_sequence(numbers: list[float]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device=device)
 
+    group_sizes = [sum(not piece.continues for piece in group) for group in groups]
     token_names = sorted({name for piece in pieces for name in piece.token_values})
     return ScoredTokens(
         sequence_index_N=tensor(np.repeat(sequence_of_piece, counts)),
         turn_index_N=tensor(np.concatenate(turns)),
-        group_index_S=tensor(np.repeat(np.arange(len(groups)), [sum(not p.continues for p in g) for g in groups])),
+        group_index_S=tensor(np.repeat(np.arange(len(groups)), group_sizes)),
         totals=totals,
         reference_logprobs_N=known([piece.reference_logprobs for piece in pieces]),
         behaviour_logprobs_N=known([piece.behaviour_logprobs for piece in pieces]),
         values_S={name: per_sequence([first.values[name] for first in firsts]) for name in firsts[0].values},
         token_values_N={name: joined([piece.token_values[name] for piece in pieces]) for name in token_names},
         weights_S=per_sequence([first.weight for first in firsts]),
+        group_sizes=tuple(group_sizes),
     )

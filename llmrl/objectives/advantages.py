@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmrl.objectives.scored import num_indexed, starts, sums
+
 Scale = Literal["none", "group", "batch"]
 
 
@@ -101,8 +103,7 @@ def shaped_scores(
 ) -> Tensor:
     """[S], [N] -> [S]: R - beta sum_t (log pi_old - log pi_ref), the reward of RLOO (arXiv 2402.14740, Eq. 3)."""
     _check_finite(scores_S)
-    kl_N = (old_logprobs_N - reference_logprobs_N).double()
-    kl_S = torch.zeros(len(scores_S), dtype=kl_N.dtype, device=kl_N.device).index_add(0, sequence_index_N, kl_N)
+    kl_S = sums((old_logprobs_N - reference_logprobs_N).double(), sequence_index_N, len(scores_S))
     return (scores_S.double() - beta * kl_S).to(scores_S.dtype)
 
 
@@ -144,9 +145,7 @@ def discounted_sums(values_N: Tensor, sequence_index_N: Tensor, factor: float) -
 
 def is_last(sequence_index_N: Tensor) -> Tensor:
     """[N] -> [N] bool: is this the last scored token of its sequence?"""
-    last = torch.ones_like(sequence_index_N, dtype=torch.bool)
-    last[:-1] = sequence_index_N[1:] != sequence_index_N[:-1]
-    return last
+    return starts(sequence_index_N).roll(-1)  # before each start; the first start's is the last token of all
 
 
 def worth_training(advantages_S: Tensor, least: float = 0.01, multiple_of: int = 1) -> list[int]:
@@ -171,10 +170,10 @@ def _centred(rewards_S: Tensor, group_index_S: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards less their group's mean, exactly 0 where all of a group are equal, and group sizes; float64 [S] each."""
     _check_finite(rewards_S)
     rewards = rewards_S.double()
-    num_groups = int(group_index_S.max()) + 1 if len(group_index_S) else 0
+    num_groups = num_indexed(group_index_S)
+    size_S = sums(torch.ones_like(rewards), group_index_S, num_groups)[group_index_S]
+    mean_S = sums(rewards, group_index_S, num_groups)[group_index_S] / size_S
     zeros_G = torch.zeros(num_groups, dtype=torch.float64, device=rewards.device)
-    size_S = zeros_G.index_add(0, group_index_S, torch.ones_like(rewards))[group_index_S]
-    mean_S = zeros_G.index_add(0, group_index_S, rewards)[group_index_S] / size_S
     low_S, high_S = (
         zeros_G.scatter_reduce(0, group_index_S, rewards, how, include_self=False)[group_index_S]
         for how in ("amin", "amax")
@@ -184,8 +183,6 @@ def _centred(rewards_S: Tensor, group_index_S: Tensor) -> tuple[Tensor, Tensor]:
 
 def _group_std(centred_S: Tensor, group_index_S: Tensor, size_S: Tensor, unbiased: bool) -> Tensor:
     """[S]: the standard deviation of each sequence's group; of a group of equal ones (centred: 0) taken as 1."""
-    num_groups = int(group_index_S.max()) + 1 if len(group_index_S) else 0
-    squares_G = torch.zeros(num_groups, dtype=centred_S.dtype, device=centred_S.device)
-    squares_S = squares_G.index_add(0, group_index_S, centred_S**2)[group_index_S]
+    squares_S = sums(centred_S**2, group_index_S, num_indexed(group_index_S))[group_index_S]
     std_S = (squares_S / (size_S - int(unbiased)).clamp(min=1)).sqrt()
     return torch.where(squares_S == 0, 1.0, std_S)

@@ -24,8 +24,9 @@ gradient. Where they are silent, we decided:
 - Other models of goodness than Bradley-Terry's: hand beta log(goodness) as the reward.
 
 In the learner a group is never split, so the softmaxes are over whole prompts. Where a prompt's samples together are
-too much for one forward pass, take two: `coefficients` of log q from `Learner.logprobs`, then `WeightedLikelihood` on
-the samples in any groups, with the totals of the undivided ones: the same gradient.
+too much for one forward pass, take two: log q of all samples without a graph, and the gradient of the loss in them;
+then `WeightedLikelihood` with minus that gradient, times the number of prompts, for coefficients, on the samples in any
+groups, with the totals of the undivided ones: the same gradient of the weights.
 """
 
 from dataclasses import dataclass
@@ -34,10 +35,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from llmrl.objectives.scored import Objective, ScoredTokens
+from llmrl.objectives.scored import Objective, ScoredTokens, num_indexed, sums
 
 Proposal = Literal["old", "behaviour", "prior"]
-Estimator = Literal["self_normalised", "no_baseline", "gdc", "dpg"]
 
 
 def log_weights(scores_S: Tensor, group_index_S: Tensor, kept_S: Tensor | None = None) -> Tensor:
@@ -46,12 +46,12 @@ def log_weights(scores_S: Tensor, group_index_S: Tensor, kept_S: Tensor | None =
     Groups are numbered from 0. A group of which nothing is kept has no weights: all -infinity.
     """
     kept_S = torch.ones_like(scores_S, dtype=torch.bool) if kept_S is None else kept_S
-    num_groups = int(group_index_S.max()) + 1 if len(group_index_S) else 0
+    num_groups = num_indexed(group_index_S)
     scores_S = torch.where(kept_S, scores_S, -torch.inf)
     top_G = torch.full((num_groups,), -torch.inf, dtype=scores_S.dtype, device=scores_S.device)
     top_G = top_G.scatter_reduce(0, group_index_S, scores_S.detach(), "amax")
     shifted_S = scores_S - torch.where(top_G.isfinite(), top_G, 0.0)[group_index_S]
-    sums_G = torch.zeros_like(top_G).index_add(0, group_index_S, shifted_S.exp())
+    sums_G = sums(shifted_S.exp(), group_index_S, num_groups)
     return shifted_S - torch.where(sums_G > 0, sums_G, 1.0).log()[group_index_S]
 
 
@@ -65,36 +65,7 @@ def divergences(target_S: Tensor, policy_S: Tensor, group_index_S: Tensor) -> Te
     target_S = target_S.detach()
     kept_S = target_S.isfinite()
     log_ratio_S = torch.where(kept_S, target_S, 0.0) - torch.where(kept_S, policy_S, 0.0)
-    return _sum_in_groups(target_S.exp() * log_ratio_S, group_index_S)
-
-
-def coefficients(
-    policy_ratios_S: Tensor,
-    prior_ratios_S: Tensor,
-    rewards_S: Tensor,
-    group_index_S: Tensor,
-    beta: float,
-    estimator: Estimator = "self_normalised",
-    most_prior_gap: float | None = None,
-) -> Tensor:
-    """[S] log q - log q', log p - log q' and rewards -> [S]: what multiplies grad log q(y_i) in the ascent direction.
-
-    self_normalised   alpha_i - b_i, the method's
-    no_baseline       alpha_i: likelihood weighted by the posterior
-    gdc               (e^u_i - e^v_i) / n, GDC++'s baseline. e^u must be a normalised density over q': subtract
-                      beta log Z from the rewards where p exp(r / beta) is not one
-    dpg               e^u_i / n, likewise
-    """
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(get_args(Estimator))}")
-    kept_S = _kept(prior_ratios_S, most_prior_gap)
-    u_S, v_S = target_scores(prior_ratios_S, rewards_S, beta), policy_ratios_S
-    if estimator in ("gdc", "dpg"):
-        sizes_G = _sum_in_groups(kept_S.to(u_S.dtype), group_index_S)
-        weights_S = u_S.exp() - v_S.exp() if estimator == "gdc" else u_S.exp()
-        return torch.where(kept_S, weights_S / sizes_G[group_index_S].clamp(min=1), 0.0)
-    alpha_S = log_weights(u_S, group_index_S, kept_S).exp()
-    return alpha_S - log_weights(v_S, group_index_S, kept_S).exp() if estimator == "self_normalised" else alpha_S
+    return sums(target_S.exp() * log_ratio_S, group_index_S, num_indexed(group_index_S))
 
 
 @dataclass(frozen=True)
@@ -132,7 +103,7 @@ class BRAIn:
         prompt; `brain/prior_log_ratio` is log q - log p of each sample.
         """
         reference_N, proposal_N, rewards_S = self._constants(scored)
-        _check_groups(scored.group_index_S)
+        scored.check_groups("BRAIn takes two samples of a prompt or more", 2)
         # Differences are taken token by token: sums of hundreds of nats would round them away.
         prior_ratios_S = scored.sum_per_sequence(reference_N - proposal_N)
         policy_ratios_S = scored.sum_per_sequence(logprobs_N - proposal_N)
@@ -142,10 +113,10 @@ class BRAIn:
         kl_G = divergences(target_S, log_weights(policy_ratios_S + counts_S, group_S, kept_S), group_S)
         losses_G = kl_G
         if not self.baseline:
-            losses_G = -_sum_in_groups(target_S.exp() * scored.sum_per_sequence(logprobs_N), group_S)
+            losses_G = -scored.sum_per_group(target_S.exp() * scored.sum_per_sequence(logprobs_N))
         return losses_G.sum() / scored.totals.groups, {
             "brain/kl": kl_G.detach(),
-            **_target_metrics(target_S, group_S),
+            **_target_metrics(scored.sum_per_group(target_S.exp() ** 2)),
             "brain/left_out": (~kept_S).float(),
             "brain/prior_log_ratio": scored.sum_per_sequence(logprobs_N.detach() - reference_N)[kept_S],
             "reward": rewards_S,
@@ -185,28 +156,13 @@ class WeightedLikelihood:
         return loss, {"coefficient/abs": coefficients_S.abs()}
 
 
-def _sum_in_groups(values_S: Tensor, group_index_S: Tensor) -> Tensor:
-    num_groups = int(group_index_S.max()) + 1 if len(group_index_S) else 0
-    zeros_G = torch.zeros(num_groups, dtype=values_S.dtype, device=values_S.device)
-    return zeros_G.index_add(0, group_index_S, values_S)
-
-
 def _kept(prior_ratios_S: Tensor, most_gap: float | None) -> Tensor:
     """[S] bool: which samples take part."""
     kept_S = prior_ratios_S.isfinite()
     return kept_S if most_gap is None else kept_S & (prior_ratios_S.abs() <= most_gap)
 
 
-def _check_groups(group_index_S: Tensor) -> None:
-    _, sizes_G = group_index_S.unique_consecutive(return_counts=True)
-    for number, size in enumerate(sizes_G.tolist()):
-        if size < 2:
-            raise ValueError(f"BRAIn compares the samples of a prompt; group {number} has {size}")
-
-
-def _target_metrics(target_S: Tensor, group_index_S: Tensor) -> dict[str, Tensor]:
-    """Effective sample size and largest weight, of the groups of which something was kept."""
-    alpha_S = target_S.exp()
-    squares_G = _sum_in_groups(alpha_S**2, group_index_S)
+def _target_metrics(squares_G: Tensor) -> dict[str, Tensor]:
+    """Effective sample size from the sum of alpha^2, of the groups of which something was kept: mean and smallest."""
     ess_G = 1 / squares_G[squares_G > 0]
     return {"brain/ess": ess_G, "brain/ess_min": ess_G}

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from llmrl.objectives.scored import Objective, ScoredTokens
+from llmrl.objectives.scored import Objective, ScoredTokens, starts
 
 Step = Literal["token", "turn"]
 Cloned = Literal["all", "preferred"]
@@ -71,11 +71,8 @@ def comparison_losses(first_Q: Tensor, second_Q: Tensor, first_preferred_Q: Tens
 def step_ranks(scored: ScoredTokens, step: Step) -> tuple[Tensor, Tensor]:
     """Each token's step, counted from 0 at its segment's first [N]; the number of steps of each segment [S] float32."""
     sequence_N, turn_N = scored.sequence_index_N, scored.turn_index_N
-    starts_N = torch.ones_like(sequence_N, dtype=torch.bool)
-    starts_N[1:] = sequence_N[1:] != sequence_N[:-1]
-    opens_N = starts_N.clone() if step == "turn" else torch.ones_like(starts_N)
-    if step == "turn":
-        opens_N[1:] |= turn_N[1:] != turn_N[:-1]
+    starts_N = starts(sequence_N)
+    opens_N = starts(sequence_N, turn_N) if step == "turn" else torch.ones_like(starts_N)
     counts_N = opens_N.cumsum(0)
     first_S = torch.zeros(scored.num_sequences, dtype=torch.long, device=sequence_N.device)
     first_S[sequence_N[starts_N]] = counts_N[starts_N]
@@ -168,11 +165,11 @@ class CPL:
 
     def compared(self, scored: ScoredTokens) -> Comparison:
         """Which segments are compared; ValueError names a group that has too few or too many."""
-        _, sizes_G = scored.group_index_S.unique_consecutive(return_counts=True)
+        pairwise = self.comparisons == "pairs"
+        wanted = "two segments" if pairwise else "two segments or more"
+        scored.check_groups(f"comparisons {self.comparisons} takes {wanted}", 2, 2 if pairwise else None)
         first, second, share, start = [], [], [], 0
-        for number, size in enumerate(sizes_G.tolist()):
-            if size < 2 or (size > 2 and self.comparisons == "pairs"):
-                raise ValueError(f"comparisons {self.comparisons}: group {number} has {size} segments")
+        for size in scored.group_sizes:
             pairs = [(i, j) for i in range(start, start + size) for j in range(i + 1, start + size)]
             first += [i for i, _ in pairs]
             second += [j for _, j in pairs]

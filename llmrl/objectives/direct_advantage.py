@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Literal, NamedTuple, TypeVar, get_args
 
-import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -99,10 +98,8 @@ class DirectAdvantage:
         """[S]: the factor of each row's loss in the loss of the step."""
         if self.average == "action":
             return scored.weights_S / (scored.totals.sequences or 1.0)
-        group_S = scored.group_index_S
-        num_groups = int(group_S.max()) + 1 if len(group_S) else 0
-        zeros_G = torch.zeros(num_groups, dtype=scored.weights_S.dtype, device=group_S.device)
-        return scored.weights_S / zeros_G.index_add(0, group_S, scored.weights_S)[group_S] / scored.totals.groups
+        rows_S = scored.sum_per_group(scored.weights_S)[scored.group_index_S]
+        return scored.weights_S / rows_S / scored.totals.groups
 
 
 def _step_metrics(log_ratios_S: Tensor, advantages_S: Tensor, beta: float) -> dict[str, Tensor]:

@@ -87,6 +87,7 @@ class DPO:
     def __call__(self, logprobs_N: Tensor, scored: ScoredTokens) -> tuple[Tensor, dict[str, Tensor]]:
         """[N] log pi of the scored tokens -> (sum of pair losses / global number of pairs, metrics)."""
         assert scored.reference_logprobs_N is not None, "DPO needs reference log-probabilities"
+        scored.check_groups("DPO takes a chosen and a rejected sequence", 2, 2)
         logps_S = scored.sum_per_sequence(logprobs_N)
         ratios_S = scored.sum_per_sequence(logprobs_N - scored.reference_logprobs_N)
         lengths_S = scored.lengths_S()

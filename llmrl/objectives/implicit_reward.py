@@ -18,6 +18,8 @@ fall when the reference was trained on them; `reference_drift` is that number: E
 import torch
 from torch import Tensor
 
+from llmrl.objectives.scored import starts, sums
+
 
 def soft_q(rewards_A: Tensor, reference_logprobs_A: Tensor, next_values_A: Tensor, beta: float) -> Tensor:
     """Of the actions of a state (last dimension): r, log pi_ref, V*(s') (0 after the end) -> Q*."""
@@ -41,8 +43,7 @@ def cumulative_rewards(rewards_N: Tensor, sequence_index_N: Tensor) -> Tensor:
     since the prompt; at the last token the true reward less V*(s_0).
     """
     sums_N = rewards_N.double().cumsum(0)
-    starts_N = torch.ones_like(sequence_index_N, dtype=torch.bool)
-    starts_N[1:] = sequence_index_N[1:] != sequence_index_N[:-1]
+    starts_N = starts(sequence_index_N)
     number_N = starts_N.long().cumsum(0) - 1
     before = (sums_N - rewards_N.double())[starts_N]
     return (sums_N - before[number_N]).to(rewards_N.dtype)
@@ -55,9 +56,8 @@ def span_rewards(rewards_N: Tensor, span_index_N: Tensor, num_spans: int) -> tup
     """
     inside = span_index_N >= 0
     index, rewards = span_index_N[inside], rewards_N[inside].double()
-    zeros_K = torch.zeros(num_spans, dtype=torch.float64, device=rewards_N.device)
-    sums_K = zeros_K.index_add(0, index, rewards)
-    means_K = sums_K / zeros_K.index_add(0, index, torch.ones_like(rewards))
+    sums_K = sums(rewards, index, num_spans)
+    means_K = sums_K / sums(torch.ones_like(rewards), index, num_spans)
     return sums_K.to(rewards_N.dtype), means_K.to(rewards_N.dtype)
 
 

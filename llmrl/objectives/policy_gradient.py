@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmrl.objectives.scored import Objective, ScoredTokens
+from llmrl.objectives.scored import Objective, ScoredTokens, starts, sums
 from llmrl.objectives.settings import KL, LossSettings
 from llmrl.objectives.value import predicted, value_losses, value_metrics
 
@@ -146,8 +146,7 @@ class PolicyGradient(LossSettings):
         if self.aggregation == "sequence_mean_token_mean":
             return shares_N / _lengths(sequence_N, num)[sequence_N]
         turn_N, num_turns = _units("turn", scored)
-        opens_N = torch.cat([torch.ones_like(turn_N[:1]), turn_N[1:] - turn_N[:-1]]).float()
-        turns_S = _sums(opens_N, sequence_N, num)
+        turns_S = sums(starts(turn_N).float(), sequence_N, num)
         return shares_N / (turns_S[sequence_N] * _lengths(turn_N, num_turns)[turn_N])
 
     def correction_weights(
@@ -202,25 +201,20 @@ def _units(level: str, scored: ScoredTokens) -> tuple[Tensor, int]:
     if level in ("sequence", "geometric"):
         return sequence_N, scored.num_sequences
     if level == "turn":
-        opens_N = (sequence_N[1:] != sequence_N[:-1]) | (turn_N[1:] != turn_N[:-1])
-        unit_N = torch.cat([torch.zeros_like(sequence_N[:1]), opens_N.long().cumsum(0)])
+        unit_N = starts(sequence_N, turn_N).long().cumsum(0) - 1
         return unit_N, int(unit_N[-1]) + 1 if len(unit_N) else 0
     return torch.arange(len(sequence_N), device=sequence_N.device), len(sequence_N)
-
-
-def _sums(values_N: Tensor, unit_N: Tensor, num_units: int) -> Tensor:
-    return torch.zeros(num_units, dtype=values_N.dtype, device=values_N.device).index_add(0, unit_N, values_N)
 
 
 def _lengths(unit_N: Tensor, num_units: int, counted_N: Tensor | None = None) -> Tensor:
     """[U] float32: tokens of each unit; at least 1, for units without any to be divided by."""
     ones_N = torch.ones_like(unit_N, dtype=torch.float32) if counted_N is None else counted_N.float()
-    return _sums(ones_N, unit_N, num_units).clamp(min=1)
+    return sums(ones_N, unit_N, num_units).clamp(min=1)
 
 
 def _pooled_ratio(log_ratio_N: Tensor, unit_N: Tensor, num_units: int, usable_N: Tensor, mean: bool) -> Tensor:
     """[U]: exp of the sum (or mean) of the usable tokens' log-ratios over each unit."""
-    log_ratio_U = _sums(torch.where(usable_N, log_ratio_N, 0.0), unit_N, num_units)
+    log_ratio_U = sums(torch.where(usable_N, log_ratio_N, 0.0), unit_N, num_units)
     if mean:
         log_ratio_U = log_ratio_U / _lengths(unit_N, num_units, usable_N)
     return log_ratio_U.clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO).exp()
@@ -237,7 +231,7 @@ def _ratio_metrics(
 ) -> dict[str, Tensor]:
     """TRL's names; elements are what shares a ratio (a token, a turn, a sequence), for the extremes sequences."""
     sequence_N, num = scored.sequence_index_N, scored.num_sequences
-    metrics = {"log_ratio/sequence": _sums(log_ratio_N, sequence_N, num)}
+    metrics = {"log_ratio/sequence": sums(log_ratio_N, sequence_N, num)}
     if settings.ratio != "none":
         metrics["ratio/mean"] = ratio_U
     if settings.clip == "none":
@@ -249,13 +243,13 @@ def _ratio_metrics(
     below_N = ((ratio_N < low) & (always | (advantages_N < 0)) & usable_N).float()
     above_N = ((ratio_N > high) & (always | (advantages_N > 0)) & usable_N).float()
     lengths_U, lengths_S = _lengths(unit_N, len(ratio_U), usable_N), _lengths(sequence_N, num, usable_N)
-    low_U, high_U = (_sums(clipped_N, unit_N, len(ratio_U)) / lengths_U for clipped_N in (below_N, above_N))
+    low_U, high_U = (sums(clipped_N, unit_N, len(ratio_U)) / lengths_U for clipped_N in (below_N, above_N))
     return metrics | {
         "clip_ratio/low_mean": low_U,
         "clip_ratio/high_mean": high_U,
         "clip_ratio/region_mean": low_U + high_U,
-        "clip_ratio/low_min": _sums(below_N, sequence_N, num) / lengths_S,
-        "clip_ratio/high_max": _sums(above_N, sequence_N, num) / lengths_S,
+        "clip_ratio/low_min": sums(below_N, sequence_N, num) / lengths_S,
+        "clip_ratio/high_max": sums(above_N, sequence_N, num) / lengths_S,
     }
 
 

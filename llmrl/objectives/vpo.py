@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from llmrl.objectives.dpo import pair_losses, preference_metrics
-from llmrl.objectives.scored import Objective, ScoredTokens
+from llmrl.objectives.scored import Objective, ScoredTokens, starts, sums
 
 Incentive = Literal["optimism", "pessimism"]
 Calibration = Literal["chosen", "pair", "samples"]
@@ -46,10 +46,9 @@ def calibration_terms(
     `floor`: answers below it count as the floor, without a gradient. Every group must have an answer.
     """
     floored_C = ratios_C if floor is None else ratios_C.clamp(min=floor)
-    zeros_G = torch.zeros(num_groups, dtype=ratios_C.dtype, device=ratios_C.device)
-    counts_G = zeros_G.index_add(0, group_index_C, torch.ones_like(ratios_C))
+    counts_G = sums(torch.ones_like(ratios_C), group_index_C, num_groups)
     sign = 1.0 if incentive == "optimism" else -1.0
-    return sign * zeros_G.index_add(0, group_index_C, floored_C) / counts_G
+    return sign * sums(floored_C, group_index_C, num_groups) / counts_G
 
 
 def alpha_of_round(alpha: float, number: int, schedule: Schedule = "constant") -> float:
@@ -104,7 +103,7 @@ class VPO:
         """
         assert scored.reference_logprobs_N is not None, "VPO needs reference log-probabilities"
         ratios_S = scored.sum_per_sequence(logprobs_N - scored.reference_logprobs_N)
-        pairs_2G, calibration_C = self._places(scored.group_index_S)
+        pairs_2G, calibration_C = self._places(scored)
         pair_ratios = ratios_S[pairs_2G]
         losses_G = pair_losses(pair_ratios[0::2] - pair_ratios[1::2], self.beta)
         ratios_C, group_index_C = ratios_S[calibration_C], scored.group_index_S[calibration_C]
@@ -120,23 +119,19 @@ class VPO:
         }
         return preference + incentive, metrics
 
-    def _places(self, group_index_S: Tensor) -> tuple[Tensor, Tensor]:
+    def _places(self, scored: ScoredTokens) -> tuple[Tensor, Tensor]:
         """Indices of (chosen, rejected, chosen, ...) and of the calibration answers; ValueError for another group."""
-        _, sizes_G = group_index_S.unique_consecutive(return_counts=True)
-        extra = self.calibration == "samples"
-        for number, size in enumerate(sizes_G.tolist()):
-            if size < 3 if extra else size != 2:
-                wanted = "a pair and at least one calibration answer" if extra else "a pair and nothing else"
-                raise ValueError(
-                    f"calibration {self.calibration} takes {wanted} in each group; group {number} has {size} sequences"
-                )
-        chosen_G = sizes_G.cumsum(0) - sizes_G
+        if self.calibration == "samples":
+            scored.check_groups("calibration samples takes a pair and at least one calibration answer", 3)
+        else:
+            scored.check_groups(f"calibration {self.calibration} takes a pair and nothing else", 2, 2)
+        chosen_G = starts(scored.group_index_S).nonzero()[:, 0]
         pairs_2G = torch.stack([chosen_G, chosen_G + 1], dim=1).flatten()
         if self.calibration == "chosen":
             return pairs_2G, chosen_G
         if self.calibration == "pair":
             return pairs_2G, pairs_2G
-        others_S = torch.ones_like(group_index_S, dtype=torch.bool)
+        others_S = torch.ones_like(scored.group_index_S, dtype=torch.bool)
         others_S[pairs_2G] = False
         return pairs_2G, others_S.nonzero()[:, 0]
 

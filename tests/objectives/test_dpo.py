@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.scoring import scored_of
 
 from llmrl.objectives.dpo import DPO, LOSS_TYPES, pair_losses, token_rewards
 from llmrl.objectives.scored import ScoredTokens, Totals
@@ -94,6 +95,14 @@ def test_denominator_is_the_global_number_of_pairs() -> None:
     alone, _ = DPO()(*one_pair())
     among_four, _ = DPO()(*one_pair(groups=4))
     assert among_four.item() == pytest.approx(alone.item() / 4)
+
+
+@pytest.mark.parametrize("sizes", [[2, 3], [2, 1]])
+def test_groups_that_are_no_pairs_are_named(sizes: list[int]) -> None:
+    """Slicing every other sequence would compare answers to different prompts."""
+    scored = scored_of([[1] * size for size in sizes], reference=[0.0] * sum(sizes))
+    with pytest.raises(ValueError, match=f"a chosen and a rejected sequence in each group; group 1 has {sizes[1]} seq"):
+        DPO()(torch.zeros(sum(sizes)), scored)
 
 
 def test_a_large_loss_type_stays_finite() -> None:

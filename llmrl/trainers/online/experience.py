@@ -24,7 +24,7 @@ from llmrl.learner.learner import Learner
 from llmrl.learner.prefix_tree import num_unique_tokens
 from llmrl.learner.sequences import Floats, Group, TokenSequence, totals
 from llmrl.objectives.presets import Preset
-from llmrl.objectives.scored import Objective
+from llmrl.objectives.scored import Objective, extreme
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
 
 
@@ -295,8 +295,6 @@ def means_of_updates(updates: Sequence[dict[str, float]], learning_rate: float) 
             merged["num_trained_tokens"] = sum(numbers)
         elif name in ("num_computed_tokens", "skipped_updates"):
             merged[name] = sum(numbers)
-        elif name.endswith(("max", "min")):
-            merged[name] = max(numbers) if name.endswith("max") else min(numbers)
         else:
-            merged[name] = float(np.mean(numbers))
+            merged[name] = float((extreme(name) or np.mean)(numbers))
     return {**merged, "updates": float(len(updates))}
