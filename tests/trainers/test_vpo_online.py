@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 from support.online_run import write_online_config
 from support.recipe_run import final_weights, metrics
+from support.words import FIRST, WORDS
 
 import llmrl.runs.report
 from llmrl.config.parse import parse
@@ -25,8 +26,11 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(tmp: Path, *arguments: str, code: int = 0, **settings: Any) -> Path:
-    """A run; its directory."""
-    base = {"samples_per_prompt": 2, "prompts_per_step": 8, "updates_per_step": 2, "eval_rows": 0}
+    """A run; its directory. Several words end an answer, for a random model seldom says the one that does."""
+    base = {
+        "samples_per_prompt": 2, "prompts_per_step": 8, "updates_per_step": 2, "eval_rows": 0,
+        "stop_tokens": WORDS[len(FIRST) :], "max_completion_length": 16,
+    }  # fmt: skip
     output = str(tmp / settings.pop("name", "run"))
     config = write_online_config(tmp, **{**base, **settings}, output_dir=output)
     words = ["--config", str(config), *arguments]
@@ -34,8 +38,8 @@ def run(tmp: Path, *arguments: str, code: int = 0, **settings: Any) -> Path:
     return Path(output)
 
 
-def rollout(ids: list[int], reward: float | None, penalty: float = 0.0) -> Rollout:
-    turn = Turn(0, 2, 2 + len(ids), [-1.0] * len(ids), "stop", 0)
+def rollout(ids: list[int], reward: float | None, penalty: float = 0.0, finish: str = "stop") -> Rollout:
+    turn = Turn(0, 2, 2 + len(ids), [-1.0] * len(ids), finish, 0)
     return Rollout(1, 0, 0, [[1, 2, *ids]], [turn], [], 0, "completed", reward=reward, penalty=penalty)
 
 
@@ -63,9 +67,22 @@ def test_the_better_of_two_samples_is_chosen_and_ties_are_counted(
 
 def test_equal_answers_are_a_tie_and_a_penalty_counts() -> None:
     said_twice = [rollout([5, 3], 1.0), rollout([5, 3], 0.0)]
-    assert labelled(RolloutGroup(1, {}, said_twice), "in_order") == ([], 1)
+    assert labelled(RolloutGroup(1, {}, said_twice), "in_order") == ([], 1, 0)
     long = [rollout([5, 3], 1.0, penalty=-0.5), rollout([6, 3], 0.75)]
     assert labelled(RolloutGroup(1, {}, long), "in_order").pairs == [(long[1], long[0])]
+
+
+@pytest.mark.parametrize("pairing", ["in_order", "best_worst"])
+def test_an_answer_that_was_cut_off_is_in_no_pair_and_counted(pairing: Literal["in_order", "best_worst"]) -> None:
+    cut, good, bad = rollout([5, 4], 1.0, finish="length"), rollout([6, 3], 0.5), rollout([7, 3], 0.0)
+    assert labelled(RolloutGroup(1, {}, [cut, bad, good]), pairing) == ([(good, bad)], 0, 1)
+    assert labelled(RolloutGroup(1, {}, [cut, good]), pairing) == ([], 0, 1)
+
+
+def test_a_run_without_an_answer_that_ends_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(tmp_path, code=1, max_completion_length=1, stop_tokens=None, max_empty_steps=1, max_steps=2)
+    assert "no two answers to a prompt ended by themselves within the limits" in capsys.readouterr().err
+    assert (checkpoints.latest(folder) or folder).name == "step_1"
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:

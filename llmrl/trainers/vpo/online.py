@@ -49,5 +49,11 @@ def train(
             collected = rounds.collect(step)
             labelled = rounds.label(collected.groups)
             metrics = rounds.improve(step)
-            rounds.record_step(collected, labelled | metrics, taught=labelled["pairs"] > 0)
+            cut_off = labelled["pairs/cut_off"] and not labelled["pairs/ties"]
+            rounds.record_step(
+                collected,
+                labelled | metrics,
+                taught=labelled["pairs"] > 0,
+                cause="no two answers to a prompt ended by themselves within the limits" if cut_off else None,
+            )
         rounds.session.finish()

@@ -35,25 +35,31 @@ CALIBRATION_SEED = 1_000_003
 
 
 class Labelled(NamedTuple):
-    """Pairs (chosen, rejected) of one prompt's samples, and how many were equally good or equal."""
+    """Pairs (chosen, rejected) of one prompt's samples, how many were equally good or equal, and how many samples a
+    limit cut off."""
 
     pairs: list[tuple[Rollout, Rollout]]
     ties: int
+    cut_off: int
 
 
 def labelled(group: RolloutGroup, pairing: Literal["in_order", "best_worst"]) -> Labelled:
-    """The pairs of a prompt's samples that have a reward and at least one sampled token."""
+    """The pairs of a prompt's samples that have a reward and ended by themselves.
+
+    A sample that a limit cut off is left out: as the chosen one it would teach the policy not to end.
+    """
     judged = [rollout for rollout in group.rollouts if rollout.reward is not None and rollout.num_sampled]
+    ended = [rollout for rollout in judged if rollout.ended_by_itself]
     if pairing == "best_worst":
-        couples = [(max(judged, key=_score), min(judged, key=_score))] if len(judged) > 1 else []
+        couples = [(max(ended, key=_score), min(ended, key=_score))] if len(ended) > 1 else []
     else:
-        couples = list(zip(judged[0::2], judged[1::2], strict=False))
+        couples = list(zip(ended[0::2], ended[1::2], strict=False))
     pairs = [
         (first, second) if _score(first) > _score(second) else (second, first)
         for first, second in couples
         if _score(first) != _score(second) and first.pieces != second.pieces
     ]
-    return Labelled(pairs, len(couples) - len(pairs))
+    return Labelled(pairs, len(couples) - len(pairs), len(judged) - len(ended))
 
 
 def _score(rollout: Rollout) -> float:
@@ -122,10 +128,10 @@ class Rounds(SampledRun):
     def label(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """Make the round's pairs and put them into the pool; what came of it, as metrics."""
         newest: list[Group] = []
-        ties = unanswered = 0
+        ties = cut_off = unanswered = 0
         for group in groups:
             found = labelled(group, self.config.pairing)
-            ties += found.ties
+            ties, cut_off = ties + found.ties, cut_off + found.cut_off
             calibration = self.answers.get(group.number, ())
             if self.config.calibration == "reference" and not calibration:
                 unanswered += len(found.pairs)
@@ -135,7 +141,7 @@ class Rounds(SampledRun):
         newest = [with_reference(group, known) for group, known in zip(newest, scored, strict=True)]
         self.pool = (self.pool if self.config.pairs == "aggregated" else []) + newest
         self.num_newest = len(newest)
-        counts = {"pairs": len(newest), "pairs/ties": ties, "pairs/pool": len(self.pool)}
+        counts = {"pairs": len(newest), "pairs/ties": ties, "pairs/cut_off": cut_off, "pairs/pool": len(self.pool)}
         counts |= {"pairs/without_calibration": unanswered} if unanswered else {}
         return {name: float(count) for name, count in counts.items()}
 
