@@ -154,6 +154,7 @@ def test_both_needs_no_samples_of_the_reference(tmp_path: Path) -> None:
     [
         ({"samples_per_prompt": 1}, ["samples_per_prompt", "2"]),
         ({"calibration": "both", "calibration_samples": 2}, ["calibration_samples", "both"]),
+        ({"samples_per_prompt": 3}, ["samples_per_prompt 3", "even number", "best_worst"]),
         ({"least_log_ratio": 1}, ["least_log_ratio"]),
         ({"calibration_floor": 0}, ["calibration_floor"]),
         ({"rewards": None}, ["rewards"]),

@@ -49,6 +49,11 @@ class VPOOnlineConfig(SteppedConfig):
 
     @model_validator(mode="after")
     def _sampling_is_asked_for(self) -> Self:
+        if self.pairing == "in_order" and self.samples_per_prompt % 2:
+            raise ValueError(
+                f"samples_per_prompt {self.samples_per_prompt} with pairing in_order leaves each prompt's last sample "
+                "without another. Use an even number, or pairing best_worst"
+            )
         if self.calibration_samples != 1 and self.calibration != "reference":
             raise ValueError(f"calibration_samples has no meaning with calibration {self.calibration}")
         return self
