@@ -4,16 +4,13 @@
     python benchmarks/credit.py --policies starter   about three minutes
     python benchmarks/credit.py --quick              a few answers
 
-The answers are made by data/arithmetic/generate.py for problems of its test split, which no policy was trained on.
+What has been measured stays in the file of measurements and is not measured again, but with --again. The answers are
+made by data/arithmetic/generate.py for problems of its test split, which no policy was trained on.
 """
 
-import argparse
 import difflib
 import importlib.util
-import json
-import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +19,14 @@ from typing import Any
 
 import document
 import dpo_policies
-import measuring
+import studies
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASUREMENTS = Path(__file__).resolve().parent / "results" / "credit.json"
+MEASUREMENTS = studies.RESULTS / "credit.json"
 SCORES = {"reward": "implicit reward", "logprob": "log pi", "reference_logprob": "log pi_ref"}
 KINDS = {"follow": "follow from the error", "stand": "as in the right answer"}
 PER_LEVEL = {"starter": 80, "smollm2": 24}
 """Answers of each of the five kinds. There are few more problems in the split that are all different."""
-Measurements = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,24 +41,16 @@ class Planted:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = list(dpo_policies.POLICIES)
-    parser.add_argument("--policies", nargs="+", default=known, choices=known, help="default: all")
-    parser.add_argument("--folder", type=Path, default=dpo_policies.FOLDER, help="where policies are, or are trained")
-    parser.add_argument("--quick", action="store_true", help="two answers of each kind of problem")
-    parser.add_argument("--resume", action="store_true", help="keep what is in the file of measurements")
-    parser.add_argument("--measurements", type=Path, default=MEASUREMENTS, help="every measurement, as JSON")
-    parser.add_argument("--document", type=Path, default=document.DOCUMENT, help="where the table goes")
-    arguments = parser.parse_args()
-    resumes = arguments.resume and arguments.measurements.exists()
-    done: Measurements = json.loads(arguments.measurements.read_text()) if resumes else {}
+    arguments = studies.parser(__doc__ or "", "two answers of each kind of problem", MEASUREMENTS).parse_args()
+    results = studies.Results(None if arguments.quick else arguments.measurements)
     for name in arguments.policies:
-        final = dpo_policies.policy(name, arguments.folder)
-        done |= measured(name, final, 2 if arguments.quick else PER_LEVEL[name])
-        arguments.measurements.parent.mkdir(parents=True, exist_ok=True)
-        arguments.measurements.write_text(json.dumps(done) + "\n")
-    text = report(done)
-    document.write_section(arguments.document, "credit", text)
+        if results.lacking(name, KINDS, arguments.again):  # both are scored together
+            final = dpo_policies.policy(name, arguments.folder)
+            for kind, one in measured(name, final, 2 if arguments.quick else PER_LEVEL[name]).items():
+                results.add(name, kind, one)
+    text = report(results)
+    if not arguments.quick:
+        document.write_section(arguments.document, "credit", text)
     print(text)
 
 
@@ -106,7 +94,7 @@ def wrong_characters(right: str, wrong: str) -> list[bool]:
 # -- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measured(name: str, final: Path, per_level: int) -> Measurements:
+def measured(name: str, final: Path, per_level: int) -> dict[str, studies.Measured]:
     """For each kind of answer how often each score's lowest line is the wrong one, and the AUROC of its tokens."""
     from llmrl.evaluation.credit.model import CreditModel, Question
     from llmrl.evaluation.progress import Ticker
@@ -114,7 +102,7 @@ def measured(name: str, final: Path, per_level: int) -> Measurements:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    load, began = os.getloadavg()[0], time.perf_counter()
+    conditions = studies.conditions()
     model = CreditModel.load(str(final), dpo_policies.POLICIES[name].reference, say=say)
     cases = {kind: planted(kind, per_level) for kind in KINDS}
     # One question a problem, with all its answers: what they share is computed once.
@@ -126,12 +114,10 @@ def measured(name: str, final: Path, per_level: int) -> Measurements:
     found = {}
     for kind, place in (("follow", 1), ("stand", -1)):
         answers = [judged(case, each[place]) for case, each in zip(cases[kind], credits, strict=True)]
-        found[f"{name}, {kind}"] = {
+        found[kind] = {
             "answers": answers,
             "right_above_wrong": [each[0].total > each[place].total for each in credits],
-            "load": load,
-            "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
-            "seconds": time.perf_counter() - began,
+            "conditions": conditions,
         }
     return found
 
@@ -166,13 +152,14 @@ Right worked answers to held-out problems (all five kinds in equal parts) in whi
 by one or by ten, with two digits swapped, a carry forgotten, or an operand misread. *Later lines* either follow from
 the error, as in the pairs that the policies were trained on, or stand as in the right answer, so that a later one does
 not follow from the wrong one. *Found* is how often the line with the lowest sum is the wrong one, with Wilson's 95%
-interval; *chance* is that of a line drawn by lot. The sums are those of the implicit reward, beta (log pi - log
-pi_ref), and beside it of log pi and log pi_ref alone: how surprising a line is to the policy, and to the model before
-DPO. *AUROC* is the probability, within an answer, that a wrong token (one whose characters are not in the right line)
-is lower than another token, equal ones counted half; its mean over the answers with a 95% interval; 0.5 is chance."""
+interval; a token that reaches into the next line counts for the one that it ends. *Chance* is that of a line drawn by
+lot. The sums are those of the implicit reward, beta (log pi - log pi_ref), and beside it of log pi and log pi_ref
+alone: how surprising a line is to the policy, and to the model before DPO. *AUROC* is the probability, within an
+answer, that a wrong token (one whose characters are not in the right line) is lower than another token, equal ones
+counted half; its mean over the answers with a 95% interval; 0.5 is chance."""
 
 
-def report(done: Measurements) -> str:
+def report(results: studies.Results) -> str:
     """The section of the document."""
     from llmrl.evaluation.intervals import mean_interval
 
@@ -180,16 +167,11 @@ def report(done: Measurements) -> str:
         mean, low, high = mean_interval([float(value) for value in values])
         return f"{mean:.0%} ({low:.0%} to {high:.0%})" if percent else f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
-    loads, threads = [one["load"] for one in done.values()], sorted({one["threads"] for one in done.values()})
-    conditions = (
-        f"`{document.command()}`, {measuring.today()}. {measuring.hardware()}; threads: "
-        f"{' or '.join(map(str, threads))}; load average {min(loads):.1f} to {max(loads):.1f}. "
-        f"{measuring.versions('torch', 'transformers')}."
-    )
     rows = {True: list[list[str]](), False: list[list[str]]()}
-    for name in dpo_policies.POLICIES:
+    measured = [name for name in dpo_policies.POLICIES if name in results.of]
+    for name in measured:
         for kind, later in KINDS.items():
-            if (one := done.get(f"{name}, {kind}")) is None:
+            if (one := results.of[name].get(kind)) is None:
                 continue
             answers = one["answers"]
             head = [f"{dpo_policies.POLICIES[name].title}; later lines {later}", str(len(answers))]
@@ -197,6 +179,7 @@ def report(done: Measurements) -> str:
             found = [shown([answer[score]["found"] for answer in answers], True) for score in SCORES]
             rows[True].append([*head, f"{chance:.0%}", *found, shown(one["right_above_wrong"], True)])
             rows[False].append([*head, *(shown([a[score]["auroc"] for a in answers], False) for score in SCORES)])
+    conditions = studies.conditions_in_words(results, "credit")
     first = [
         "policy",
         "answers",
@@ -207,8 +190,7 @@ def report(done: Measurements) -> str:
     second = ["policy", "answers", *(f"AUROC of {title}" for title in SCORES.values())]
     trained = "\n".join(
         f"- {dpo_policies.POLICIES[name].title}: `accelerate launch {' '.join(dpo_policies.command(name, 'DIR'))}`"
-        for name in dpo_policies.POLICIES
-        if any(key.startswith(f"{name},") for key in done)
+        for name in measured
     )
     return "\n\n".join(
         ["## Credit: which line is wrong", conditions, EXPLANATION, document.table(first, rows[True]),
