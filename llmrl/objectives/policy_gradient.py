@@ -47,6 +47,11 @@ gradient is not a number."""
 class PolicyGradient(LossSettings):
     """The loss that its settings describe."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.aggregation == "sequence_sum_constant" and self.length_divisor is None:
+            raise ValueError("aggregation sequence_sum_constant needs length_divisor, the constant that it divides by")
+
     def objective(self) -> Objective:
         return Objective(
             self.__call__,
@@ -138,7 +143,7 @@ class PolicyGradient(LossSettings):
             return weights_N / (scored.totals.tokens or 1.0)
         shares_N = weights_N / (self.sequences_divisor or scored.totals.sequences or 1.0)
         if self.aggregation == "sequence_sum_constant":
-            assert self.length_divisor is not None
+            assert self.length_divisor is not None  # see __post_init__
             return shares_N / self.length_divisor
         if self.aggregation == "sequence_mean_token_sum":
             return shares_N

@@ -1,8 +1,7 @@
 r"""The published algorithms of the policy-gradient family: a preset's name, and nothing else, is the algorithm.
 
-Loads without torch, so that configurations can read it. A preset says three things: how the loss is built
-(`LossSettings`), how advantages are made, and where the reference comes in. Where a paper and its authors'
-code differ both are presets or the difference is noted, and the bare name is the paper's:
+Loads without torch, so that configurations can read it. Where a paper and its authors' code differ both are presets or
+the difference is noted, and the bare name is the paper's:
 
     ppo          arXiv 1707.06347 with GAE, critic, KL in the reward (arXiv 2203.02155); numbers as in TRL's former PPO
     loop         arXiv 2502.01600, Eq. 10: leave-one-out, ratio and clipping a token, mean over a rollout's action
@@ -26,186 +25,57 @@ code differ both are presets or the difference is noted, and the bare name is th
 KL coefficients of `reinforce_plus_plus*` are not in what we read: 0.01 and 0.001 are ours. `rloo`'s is TRL's.
 """
 
-import dataclasses
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Any, Literal
 
+from llmrl.objectives.algorithm import Algorithm
 from llmrl.objectives.settings import LossSettings
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from llmrl.objectives.policy_gradient import PolicyGradient
-
-Advantage = Literal["gae", "reward_to_go", "leave_one_out", "group_mean", "group_normalised", "batch_normalised"]
-Place = Literal["none", "reward", "loss"]
-Variance = Literal["none", "unbiased", "population"]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One algorithm.
-
-    loss: settings of LossSettings that differ from its defaults. advantage: how it is made; `gae` needs a critic,
-    `batch_normalised` is the group's mean subtracted, then whitened over the batch's tokens. whitening: of `gae` and
-    `reward_to_go`, by which variance. kl, beta: where the pull to the reference sits, and its weight. gamma, lam: of
-    GAE. score_clip: scores are cut to +- this before they become token rewards. epochs: passes over a step's samples,
-    updates: optimizer steps in each, unless rollouts_per_update says how many samples each takes.
-    constant_divisor: an update divides by the sequences it should have, however many it has. dynamic_sampling: groups
-    of equal reward are replaced by fresh ones. overlong_buffer: share of the longest answer over which the soft
-    overlong punishment grows to -1; 0 is none. critic_warmup: steps at the start that train the critic alone.
-    """
-
-    advantage: Advantage
-    loss: dict[str, Any] = field(default_factory=dict)
-    whitening: Variance = "none"
-    kl: Place = "none"
-    beta: float = 0.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    score_clip: float | None = None
-    epochs: int = 1
-    updates: int = 1
-    rollouts_per_update: int | None = None
-    constant_divisor: bool = False
-    dynamic_sampling: bool = False
-    overlong_buffer: float = 0.0
-    critic_warmup: int = 0
-
-    @property
-    def needs_critic(self) -> bool:
-        return self.advantage == "gae"
-
-    @property
-    def compares_step(self) -> bool:
-        """Whether rollouts are better or worse than the step's others, and not than those of their prompt alone."""
-        return self.advantage in ("gae", "reward_to_go")
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kl != "none" and self.beta > 0
-
-    def rollouts_in_update(self, rollouts: int) -> int:
-        """Samples in one optimizer step, of `rollouts` that a step trains on."""
-        return max(min(self.rollouts_per_update or math.ceil(rollouts / self.updates), rollouts), 1)
-
-    def settings(
-        self, max_completion_length: int | None = None, sequences_per_update: int | None = None, **own: Any
-    ) -> LossSettings:
-        """Those of the loss, with a caller's `own` over the preset's.
-
-        max_completion_length: the constant of Dr.GRPO's divisor. sequences_per_update: LOOP's. Raises ValueError for
-        settings that cannot be, and TypeError for unknown ones.
-        """
-        settings = dict(self.loss)
-        if self.kl == "loss":
-            settings["beta"] = self.beta
-        if self.constant_divisor and sequences_per_update is not None:
-            settings["sequences_divisor"] = sequences_per_update
-        settings |= own
-        if settings.get("aggregation") == "sequence_sum_constant" and settings.get("length_divisor") is None:
-            if max_completion_length is None:
-                raise ValueError("aggregation sequence_sum_constant divides by the longest length that was allowed")
-            settings["length_divisor"] = max_completion_length
-        return LossSettings(**settings)
-
-    def policy_gradient(
-        self, max_completion_length: int | None = None, sequences_per_update: int | None = None, **own: Any
-    ) -> "PolicyGradient":
-        """The objective of `settings`."""
-        from llmrl.objectives.policy_gradient import PolicyGradient
-
-        return PolicyGradient(**dataclasses.asdict(self.settings(max_completion_length, sequences_per_update, **own)))
-
-    def advantages(
-        self,
-        scores_S: "Tensor",
-        sequence_index_N: "Tensor",
-        group_index_S: "Tensor",
-        old_logprobs_N: "Tensor | None" = None,
-        reference_logprobs_N: "Tensor | None" = None,
-        values_N: "Tensor | None" = None,
-    ) -> "tuple[Tensor, Tensor | None]":
-        """Scores of a whole step's sequences [S] -> advantages [N] of their scored tokens, and with GAE returns [N].
-
-        With KL in the reward the old and the reference's log-probabilities are needed, with GAE the values. Raises
-        ValueError where one is missing or a score is not finite.
-        """
-        from llmrl.objectives import advantages as adv
-
-        beta = self.beta if self.kl == "reward" else 0.0
-        if beta and (old_logprobs_N is None or reference_logprobs_N is None):
-            raise ValueError("KL in the reward needs old_logprobs and reference_logprobs")
-        old_N = scores_S.new_zeros(len(sequence_index_N)) if old_logprobs_N is None or not beta else old_logprobs_N
-        reference_N = old_N if reference_logprobs_N is None or not beta else reference_logprobs_N
-
-        if self.advantage in ("gae", "reward_to_go"):
-            shaped = (scores_S, old_N, reference_N, sequence_index_N, beta, self.score_clip)
-            rewards_N = adv.shaped_rewards(*shaped)
-            returns_N = None
-            if self.advantage == "reward_to_go":
-                advantages_N = adv.reward_to_go(rewards_N, sequence_index_N, self.gamma)
-            elif values_N is None:
-                raise ValueError("advantage gae needs the critic's values")
-            else:
-                advantages_N, returns_N = adv.gae(rewards_N, values_N, sequence_index_N, self.gamma, self.lam)
-            if self.whitening != "none":
-                advantages_N = adv.whiten(advantages_N, unbiased=self.whitening == "unbiased")
-            return advantages_N, returns_N
-
-        rewards_S = adv.shaped_scores(scores_S, old_N, reference_N, sequence_index_N, beta)
-        if self.advantage == "batch_normalised":
-            lengths_S = sequence_index_N.bincount(minlength=len(scores_S))
-            advantages_S = adv.batch_normalised(adv.group_mean(rewards_S, group_index_S), lengths_S)
-        else:
-            make = {
-                "leave_one_out": adv.leave_one_out,
-                "group_mean": adv.group_mean,
-                "group_normalised": adv.group_normalised,
-            }[self.advantage]
-            advantages_S = make(rewards_S, group_index_S)
-        return advantages_S[sequence_index_N], None
+SEQUENCE_MEAN: Literal["sequence_mean_token_mean"] = "sequence_mean_token_mean"
+LOOP = Algorithm(
+    "leave_one_out",
+    LossSettings(aggregation=SEQUENCE_MEAN, clip_low=0.1, clip_high=0.1),
+    epochs=2,
+    rollouts_per_update=32,
+    constant_divisor=True,
+)
 
 
-SEQUENCE_MEAN = "sequence_mean_token_mean"
-CLIP_LOOP = {"clip_low": 0.1, "clip_high": 0.1}
-UPDATES_LOOP: dict[str, Any] = {"epochs": 2, "rollouts_per_update": 32, "constant_divisor": True}
+def _loop(**changes: Any) -> Algorithm:
+    """LOOP with these settings of its loss."""
+    return replace(LOOP, loss=replace(LOOP.loss, **changes))
 
-PRESETS: dict[str, Preset] = {
-    "ppo": Preset("gae", {"value_coef": 0.1}, whitening="unbiased", kl="reward", beta=0.05, epochs=4),
-    "loop": Preset("leave_one_out", {"aggregation": SEQUENCE_MEAN, **CLIP_LOOP}, **UPDATES_LOOP),
-    "loop_code": Preset(
-        "leave_one_out", {"clip": "reciprocal", "aggregation": SEQUENCE_MEAN, **CLIP_LOOP}, **UPDATES_LOOP
-    ),
-    "loop_turn": Preset(
-        "leave_one_out", {"ratio": "turn", "aggregation": "sequence_mean_turn_mean", **CLIP_LOOP}, **UPDATES_LOOP
-    ),
-    "loop_trajectory": Preset(
-        "leave_one_out", {"ratio": "sequence", "aggregation": SEQUENCE_MEAN, **CLIP_LOOP}, **UPDATES_LOOP
-    ),
-    "rloo": Preset(
+
+PRESETS: dict[str, Algorithm] = {
+    "ppo": Algorithm("gae", LossSettings(value_coef=0.1), whitening="unbiased", kl="reward", beta=0.05, epochs=4),
+    "loop": LOOP,
+    "loop_code": _loop(clip="reciprocal"),
+    "loop_turn": _loop(ratio="turn", aggregation="sequence_mean_turn_mean"),
+    "loop_trajectory": _loop(ratio="sequence"),
+    "rloo": Algorithm(
         "leave_one_out",
-        {"ratio": "sequence", "clip": "none", "aggregation": SEQUENCE_MEAN},
+        LossSettings(ratio="sequence", clip="none", aggregation=SEQUENCE_MEAN),
         kl="reward",
         beta=0.05,
     ),
-    "reinforce": Preset("group_mean", {"ratio": "none", "clip": "none", "aggregation": "sequence_mean_token_sum"}),
-    "grpo": Preset("group_normalised", {"aggregation": SEQUENCE_MEAN}, kl="loss", beta=0.04),
-    "dr_grpo": Preset("group_mean", {"aggregation": "sequence_sum_constant"}),
-    "gspo": Preset(
+    "reinforce": Algorithm(
+        "group_mean", LossSettings(ratio="none", clip="none", aggregation="sequence_mean_token_sum")
+    ),
+    "grpo": Algorithm("group_normalised", LossSettings(aggregation=SEQUENCE_MEAN), kl="loss", beta=0.04),
+    "dr_grpo": Algorithm("group_mean", LossSettings(aggregation="sequence_sum_constant")),
+    "gspo": Algorithm(
         "group_normalised",
-        {"ratio": "geometric", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": SEQUENCE_MEAN},
+        LossSettings(ratio="geometric", clip_low=3e-4, clip_high=4e-4, aggregation=SEQUENCE_MEAN),
     ),
-    "cispo": Preset("group_normalised", {"clip": "cispo", "clip_low": 1.0, "clip_high": 4.0}),
-    "dapo_clip": Preset(
-        "group_normalised", {"clip_high": 0.28}, updates=16, dynamic_sampling=True, overlong_buffer=0.2
+    "cispo": Algorithm("group_normalised", LossSettings(clip="cispo", clip_low=1.0, clip_high=4.0)),
+    "dapo_clip": Algorithm(
+        "group_normalised", LossSettings(clip_high=0.28), updates=16, dynamic_sampling=True, overlong_buffer=0.2
     ),
-    "reinforce_plus_plus": Preset("reward_to_go", whitening="population", kl="reward", beta=0.01),
-    "reinforce_plus_plus_baseline": Preset("batch_normalised", {"kl": "k2"}, kl="loss", beta=0.001),
-    "rlsp": Preset(
+    "reinforce_plus_plus": Algorithm("reward_to_go", whitening="population", kl="reward", beta=0.01),
+    "reinforce_plus_plus_baseline": Algorithm("batch_normalised", LossSettings(kl="k2"), kl="loss", beta=0.001),
+    "rlsp": Algorithm(
         "gae",
-        {"value_coef": 1.0},
+        LossSettings(value_coef=1.0),
         whitening="population",
         kl="reward",
         beta=0.05,
@@ -213,9 +83,9 @@ PRESETS: dict[str, Preset] = {
         updates=4,
         critic_warmup=4,
     ),
-    "pf_ppo": Preset(
+    "pf_ppo": Algorithm(
         "gae",
-        {"value_coef": 1.0, "aggregation": SEQUENCE_MEAN},
+        LossSettings(value_coef=1.0, aggregation=SEQUENCE_MEAN),
         whitening="population",
         kl="reward",
         beta=0.01,
@@ -225,7 +95,7 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset(name: str) -> Preset:
+def preset(name: str) -> Algorithm:
     """The algorithm of that name. ValueError for an unknown one, and for a bare `dapo`, which names two methods."""
     if name == "dapo":
         raise ValueError(

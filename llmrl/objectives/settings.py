@@ -33,8 +33,8 @@ class LossSettings:
     ratio, clip, aggregation: `llmrl.objectives.policy_gradient` has the formulas. clip_low, clip_high: the band; CISPO
     with an absolute cap c and no lower bound is clip_low 1, clip_high c - 1. dual_clip: for A < 0 the ratio counts at
     most this much (above 1 + clip_high; verl 3).
-    length_divisor: of `sequence_sum_constant`. sequences_divisor: instead of n_S; LOOP divides a last, short
-    mini-batch by the full size, so that fewer survivors make a smaller step.
+    length_divisor: of `sequence_sum_constant`, which a loss of that kind needs. sequences_divisor: instead of n_S; LOOP
+    divides a last, short mini-batch by the full size, so that fewer survivors make a smaller step.
     beta: weight of the KL term in the loss, by the estimator `kl`: k1 = -d, k2 = d^2/2, k3 = e^d - 1 - d with
     d = log pi_ref - log pi. The gradient of k1 is zero on average: it belongs into the reward. kl_by_ratio: times rho,
     which makes k3's gradient unbiased (TRL's use_bias_correction_kl, on by default there).
@@ -96,8 +96,8 @@ def _check_combinations(settings: LossSettings) -> None:
         raise ValueError(f"ratio none leaves nothing for clip {s.clip}; set clip to none")
     if s.dual_clip is not None and (s.clip not in ("ppo", "reciprocal") or not s.dual_clip > high):
         raise ValueError(f"dual_clip must be above 1 + clip_high and needs clip ppo or reciprocal, got {s.dual_clip}")
-    if (s.aggregation == "sequence_sum_constant") != (s.length_divisor is not None):
-        raise ValueError("length_divisor and aggregation sequence_sum_constant come together")
+    if s.length_divisor is not None and s.aggregation != "sequence_sum_constant":
+        raise ValueError(f"length_divisor has no meaning with aggregation {s.aggregation}")
     if s.sequences_divisor is not None and s.aggregation == "token_mean":
         raise ValueError("sequences_divisor has no meaning with aggregation token_mean")
     if not s.correction_cap >= 1 or s.correction_floor > 1:

@@ -7,7 +7,6 @@ from pydantic import ValidationError
 from support.online_run import METHODS
 
 from llmrl.objectives.presets import PRESETS, preset
-from llmrl.objectives.settings import LossSettings
 from llmrl.trainers.online.experience import _near
 from llmrl.trainers.online.policy_gradient_config import PolicyGradientConfig
 
@@ -33,7 +32,7 @@ def test_a_preset_without_any_key_is_the_published_algorithm(name: str) -> None:
     given = config(name)
     found, published = given.resolve(), preset(name)
     sizes = {"max_completion_length": 256, "sequences_per_update": 32}
-    assert LossSettings(**found.loss) == published.settings(**sizes)
+    assert found.loss == published.settings(**sizes)
     names = set(vars(published)) - {"loss"}
     assert {key: getattr(found, key) for key in names} == {key: getattr(published, key) for key in names}
     assert found.policy_gradient() == published.policy_gradient(**sizes)

@@ -23,7 +23,7 @@ from torch import Tensor
 from llmrl.learner.learner import Learner
 from llmrl.learner.prefix_tree import num_unique_tokens
 from llmrl.learner.sequences import Floats, Group, TokenSequence, totals
-from llmrl.objectives.presets import Preset
+from llmrl.objectives.algorithm import Algorithm
 from llmrl.objectives.scored import Objective, extreme
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
 
@@ -113,7 +113,7 @@ class Experience:
         found = [part for part in parts if part is not None]
         return torch.from_numpy(np.concatenate(found)) if found else None
 
-    def assign_advantages(self, algorithm: Preset) -> Tensor:
+    def assign_advantages(self, algorithm: Algorithm) -> Tensor:
         """Put `advantages` (and with a critic `returns`) on the tokens; returns each rollout's largest |A|, [S]."""
         if not self.samples:
             return torch.zeros(0)

@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 
-from llmrl.objectives.presets import Preset
-from llmrl.objectives.settings import LossSettings
+from llmrl.objectives.algorithm import Algorithm
 from llmrl.trainers.online.command import check, describe_sampling, reward_in_words
 from llmrl.trainers.online.policy_gradient_config import PolicyGradientConfig
 
@@ -28,10 +27,10 @@ def describe(config: PolicyGradientConfig, world_size: int) -> dict[str, str | i
     }
 
 
-def _in_words(config: PolicyGradientConfig, algorithm: Preset, num_updates: int) -> Iterator[tuple[str, str]]:
+def _in_words(config: PolicyGradientConfig, algorithm: Algorithm, num_updates: int) -> Iterator[tuple[str, str]]:
     """The algorithm, line by line: how far it is the published one, advantages, loss, KL, the sampler's correction.
     `num_updates`: optimizer steps on the same rollouts."""
-    loss = LossSettings(**algorithm.loss)
+    loss = algorithm.loss
     own = ", ".join(_differences(config, algorithm))
     yield "algorithm", f"{config.algorithm_name}, {f'but for {own}' if own else 'as published'}"
     yield "reward", reward_in_words(config)
@@ -64,19 +63,19 @@ def _in_words(config: PolicyGradientConfig, algorithm: Preset, num_updates: int)
     yield "sampler's correction", "none" if loss.correction == "none" else weights
 
 
-def _differences(config: PolicyGradientConfig, algorithm: Preset) -> list[str]:
+def _differences(config: PolicyGradientConfig, algorithm: Algorithm) -> list[str]:
     """What is not as published, each with its published value."""
     published = config.published
     trained = config.prompts_per_step * config.trained_per_prompt
     same_size = algorithm.rollouts_in_update(trained) == published.rollouts_in_update(trained)
     left_out = ("loss", "rollouts_per_update") if same_size else ("loss",)
-    names = [field.name for field in fields(Preset) if field.name not in left_out]
+    names = [field.name for field in fields(Algorithm) if field.name not in left_out]
     pairs = [(name, getattr(algorithm, name), getattr(published, name)) for name in names]
-    theirs = asdict(config.settings_of(published))
+    ours, theirs = asdict(algorithm.loss), asdict(config.settings_of(published))
     derived = ["beta", "sequences_divisor", "length_divisor"]
-    if algorithm.loss["correction"] == "none":
+    if algorithm.loss.correction == "none":
         derived += ["correction_level", "correction_cap"]
-    pairs += [(name, own, theirs[name]) for name, own in algorithm.loss.items() if name not in derived]
+    pairs += [(name, ours[name], theirs[name]) for name in ours if name not in derived]
     pairs += config.own_keys()
     said = [f"{name} {own} (published: {its})" for name, own, its in pairs if own != its]
     by_updates = f"(published: {published.updates} updates an epoch)"

@@ -1,18 +1,22 @@
 """What every policy-gradient method is configured with, and how keys become an algorithm. Loads without torch."""
 
-from dataclasses import asdict, replace
-from typing import Any, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
 from llmrl.config.online import PolicyGradientKeys
-from llmrl.objectives.presets import Place, Preset, preset
+from llmrl.objectives.algorithm import Algorithm, Place
+from llmrl.objectives.presets import preset
 from llmrl.objectives.settings import LossSettings
 from llmrl.trainers.online.config import SteppedConfig
 
 
 class PolicyGradientConfig(SteppedConfig, PolicyGradientKeys):
     """Keys of the policy-gradient methods, which learn from their own rollouts."""
+
+    if TYPE_CHECKING:
+        method: str  # every method declares its own
 
     def own_keys(self) -> list[tuple[str, Any, Any]]:
         """Keys beside the algorithm's own that change what is rewarded or trained on: (name, value, as published)."""
@@ -26,10 +30,10 @@ class PolicyGradientConfig(SteppedConfig, PolicyGradientKeys):
     @property
     def algorithm_name(self) -> str:
         """The preset that the method, or its key `algorithm`, names."""
-        raise NotImplementedError
+        return self.method
 
     @property
-    def published(self) -> Preset:
+    def published(self) -> Algorithm:
         """The algorithm without any key of the configuration."""
         return preset(self.algorithm_name)
 
@@ -38,7 +42,7 @@ class PolicyGradientConfig(SteppedConfig, PolicyGradientKeys):
         """Rollouts of a prompt that are trained on."""
         return self.samples_per_prompt
 
-    def resolve(self) -> Preset:
+    def resolve(self) -> Algorithm:
         """The algorithm in force: the published one, what is configured over it, and the constants of its batches.
 
         Nowhere else do keys become an algorithm. Raises ValueError for keys that it would ignore.
@@ -55,14 +59,14 @@ class PolicyGradientConfig(SteppedConfig, PolicyGradientKeys):
                 "clip_low would be ignored: the band of LOOP's code is [1 / (1 + clip_high), 1 + clip_high]. Leave it "
                 "out, or use algorithm loop, whose band is [1 - clip_low, 1 + clip_high]"
             )
-        return replace(algorithm, loss=asdict(settings))
+        return replace(algorithm, loss=settings)
 
     def _of_whole_prompts(self, rollouts: int) -> int:
         """The number of rollouts of whole prompts that is nearest to `rollouts`, of one prompt at least."""
         prompt = self.trained_per_prompt
         return prompt * max((2 * rollouts + prompt) // (2 * prompt), 1)
 
-    def settings_of(self, algorithm: Preset, **own: Any) -> LossSettings:
+    def settings_of(self, algorithm: Algorithm, **own: Any) -> LossSettings:
         """The settings of the algorithm's loss in batches of this configuration, with `own` over them."""
         rollouts = algorithm.rollouts_in_update(self.prompts_per_step * self.samples_per_prompt)
         return algorithm.settings(self.max_completion_length, rollouts, **own)

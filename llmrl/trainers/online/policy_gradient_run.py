@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from llmrl.objectives.presets import Preset
+from llmrl.objectives.algorithm import Algorithm
 from llmrl.objectives.value import ValueRegression
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.protocol import row_seed
@@ -24,7 +24,7 @@ class PolicyGradientRun(SampledRun):
 
     config: PolicyGradientConfig
 
-    def __init__(self, config: PolicyGradientConfig, run: Run, algorithm: Preset, **further: Any) -> None:
+    def __init__(self, config: PolicyGradientConfig, run: Run, algorithm: Algorithm, **further: Any) -> None:
         super().__init__(
             config,
             run,
