@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from llmrl.config.keys import SchedulerType
 from llmrl.trainers.online import policy_gradient_command
-from llmrl.trainers.ppo import CriticConfig
+from llmrl.trainers.online.critic_config import CriticConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -49,10 +49,6 @@ class PFPPOConfig(CriticConfig):
     """Name of a reward (of weight 0, say) that gives the actual score: R^2 of how well the reward predicts it, with its
     interval, slope and points, is then logged for every filtration over the latest ten steps, the paper's measure for
     choosing one."""
-
-    @property
-    def algorithm_name(self) -> str:
-        return self.method
 
     @property
     def trained_per_prompt(self) -> int:

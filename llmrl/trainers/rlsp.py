@@ -14,13 +14,15 @@ from pydantic import Field, model_validator
 
 from llmrl.config.keys import SchedulerType
 from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
+from llmrl.trainers import ppo
 from llmrl.trainers.online import policy_gradient_command
-from llmrl.trainers.ppo import CriticConfig
+from llmrl.trainers.online.critic_config import CriticConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from llmrl.runs import Run
+    from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
 
 VERIFIER, EXPLORATION, JUDGE, BOXED = "verifier", "exploration", "judge", "boxed"
 DERIVED = ("form_of_reward", "judge", "verifier", "alpha", "alpha_end", "length_constant", "exploration_options")
@@ -63,10 +65,6 @@ class RLSPConfig(CriticConfig):
     """C: about the length of a response at the start is a sound choice for other lengths than the paper's."""
     exploration_options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the exploration reward: guards against padding."""
-
-    @property
-    def algorithm_name(self) -> str:
-        return self.method
 
     def own_keys(self) -> list[tuple[str, Any, Any]]:
         replaced = [("rewards", "one's own", "RLSP's")] if self.rewards else []
@@ -149,18 +147,13 @@ describe, check = policy_gradient_command.describe, policy_gradient_command.chec
 
 
 def train(config: RLSPConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
-    """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
-    from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
+    """Train as PPO does, with the rewards weighed anew where alpha fades. `dataset` replaces `dataset_name` by a
+    `datasets` object."""
 
-    algorithm = config.resolve()
-    learner = config.learner_options
-    with PolicyGradientRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
-        for step in online.session.steps():
-            alpha = config.alpha_at(step, online.session.total_steps)
-            if config.alpha_end is not None:
-                online.weigh(config.weights(alpha))
-            collected = online.collect(step)
-            experience = online.experience(collected)
-            online.advantages(experience)
-            online.record(collected, {**online.improve(experience, step), "alpha": alpha})
-        online.session.finish()
+    def fade(online: "PolicyGradientRun", step: int) -> dict[str, float]:
+        alpha = config.alpha_at(step, online.session.total_steps)
+        if config.alpha_end is not None:
+            online.weigh(config.weights(alpha))
+        return {"alpha": alpha}
+
+    ppo.train(config, run, dataset=dataset, callbacks=callbacks, before_step=fade)
