@@ -9,7 +9,8 @@ policy's likelihood is search by its implicit reward, kept to the reference:
 
 The second is the implicit reward alone. Tokens that neither model would ever say have ratios of any size, and search
 finds those: it chooses only among tokens that are `plausible` to the policy, at least that share of its likeliest one
-(the constraint of contrastive decoding: Li et al., arXiv 2210.15097, Eq. 3). Sums are not divided by lengths.
+(the constraint of contrastive decoding: Li et al., arXiv 2210.15097, Eq. 3), and to which the reference gives any
+probability at all. Sums are not divided by lengths.
 
 transformers' own beam search finds the same by likelihood (the tests compare), but takes no second model.
 """
@@ -18,7 +19,8 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from llmrl.errors import RefusedError
+from llmrl.errors import RefusedError, RunFailedError
 from llmrl.rollout.decoding import base_model, decoding_mode
 
 By = Literal["likelihood", "reward"]
@@ -67,11 +69,15 @@ class BeamSearch:
         plausible: float = 0.1,
         prompts_per_batch: int = 16,
     ) -> None:
-        """Raises RefusedError for a width below 1, or `by` reward without a reference or an adapter to switch off."""
-        if width < 1 or not 0 <= plausible <= 1:
-            raise RefusedError(f"width ({width}) must be at least 1, and plausible ({plausible}) between 0 and 1")
-        if by == "reward" and reference is None and not isinstance(policy, PeftModel):
-            raise RefusedError("search by reward needs a reference, or a policy with an adapter to switch off")
+        """Raises RefusedError for a search that cannot be: an unknown `by`, no beam, or `by` reward without a reference
+        that says the same tokens or an adapter to switch off."""
+        _check_numbers(width=width, prompts_per_batch=prompts_per_batch)
+        if by not in get_args(By):
+            raise RefusedError(f"by ({by!r}) must be one of {', '.join(get_args(By))}")
+        if not 0 <= plausible <= 1:
+            raise RefusedError(f"plausible ({plausible}) must be a share between 0 and 1")
+        if by == "reward":
+            _check_reference(policy, reference)
         self.policy, self.reference, self.by, self.width = policy, reference, by, width
         self.stops = frozenset(stop_token_ids)
         self.least = math.log(plausible) if plausible else -math.inf
@@ -87,7 +93,8 @@ class BeamSearch:
         """The best answer to each prompt (token ids), of at most `max_new_tokens`; an open one where none has ended.
 
         By likelihood a prompt is done when no open beam can become better than its best ended answer; by reward, whose
-        sums may rise again, when `width` answers have ended.
+        sums may rise again, when `width` answers have ended. Raises RefusedError for a prompt that cannot be continued,
+        RunFailedError where no token can be chosen.
         """
         _check(self.policy, prompts, max_new_tokens)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -136,7 +143,8 @@ class BeamSearch:
         mine_BV = gains_BV = logprobs[0]
         if self.by == "reward":
             is_plausible = mine_BV >= mine_BV.amax(-1, keepdim=True) + self.least
-            gains_BV = (mine_BV - logprobs[1]).where(is_plausible, -torch.inf)
+            # What the reference never says has no ratio, and no optimal policy says it either.
+            gains_BV = (mine_BV - logprobs[1]).where(is_plausible & logprobs[1].isfinite(), -torch.inf)
         # Of one beam no more than `continuations` can be among the best of all.
         gains_BC, tokens_BC = gains_BV.topk(min(self.continuations, gains_BV.shape[-1]), dim=-1)
         ratios_BC = gains_BC if self.by == "reward" else torch.zeros_like(gains_BC)
@@ -146,12 +154,18 @@ class BeamSearch:
         tokens, mine, ratios = (each.flatten().tolist() for each in of_all)
         found = []
         for at in scores.topk(min(self.continuations, len(scores))).indices.tolist():
-            if scores[at] == -torch.inf:
+            if not scores[at] > -torch.inf:
                 break
             parent = at // tokens_BC.shape[1]
             beam = beams[parent]
             further = Found([*beam.token_ids, tokens[at]], beam.logprob + mine[at], beam.log_ratio + ratios[at], False)
             found.append((parent, further))
+        if not found:
+            raise RunFailedError(
+                f"after {len(beams[0].token_ids)} tokens of an answer no token can be chosen: the reference gives no "
+                "probability to any that is plausible to the policy, or log-probabilities are not finite. Remedy: the "
+                "reference that the policy was trained from, a smaller `plausible`, or a model whose weights are sound"
+            )
         return found
 
     def _parted(self, chosen: list[tuple[int, Found]], ended: list[Found]) -> list[tuple[int, Found]]:
@@ -221,6 +235,26 @@ class _Reader:
             ).logits
         logprobs_RV: Tensor = logits[:, -1].float().log_softmax(-1)
         return logprobs_RV
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or number < 1:
+            raise RefusedError(f"{name} ({number}) must be a whole number of at least 1")
+
+
+def _check_reference(policy: nn.Module, reference: nn.Module | None) -> None:
+    """Refuse a search by reward whose reference is missing or says other tokens."""
+    if reference is None:
+        if not isinstance(policy, PeftModel):
+            raise RefusedError("search by reward needs a reference, or a policy with an adapter to switch off")
+        return
+    mine, theirs = (base_model(each).config.get_text_config().vocab_size for each in (policy, reference))
+    if mine != theirs:
+        raise RefusedError(
+            f"the policy has {mine} tokens and the reference {theirs}, so their log-probabilities cannot be compared. "
+            "Remedy: the model that the policy was trained from"
+        )
 
 
 def _check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from support.decoders import PROMPTS, STOP, VOCABULARY, Tokenizer, gemma2, gpt2, llama
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from llmrl.errors import RefusedError
+from llmrl.errors import RefusedError, RunFailedError
 from llmrl.evaluation.search import BeamSearch, Found
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import SamplingParams
@@ -125,6 +125,35 @@ def test_only_plausible_tokens_are_chosen_by_reward() -> None:
     assert least[0.3] >= 0.3 - 1e-4
 
 
+class Mute(LlamaForCausalLM):
+    """A model that never says some tokens."""
+
+    never: tuple[int, ...] = ()
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        found = super().forward(*args, **kwargs)
+        found.logits[..., list(self.never)] = -torch.inf
+        return found
+
+
+def test_what_the_reference_never_says_is_not_chosen() -> None:
+    policy = few(0)
+    reference = Mute(policy.config).eval()
+    reference.load_state_dict(few(1).state_dict())
+    (greedy,) = BeamSearch(policy, 1, [])([[1, 3]], 1)
+    (likeliest,) = reference.never = tuple(greedy.token_ids)
+    (found,) = BeamSearch(policy, 2, [STOP], by="reward", reference=reference, plausible=0)([[1, 3]], 6)
+    assert likeliest not in found.token_ids
+    assert abs(found.log_ratio) < 100
+    with pytest.raises(RunFailedError, match="after 0 tokens of an answer no token can be chosen"):
+        BeamSearch(policy, 2, [STOP], by="reward", reference=reference, plausible=1)([[1, 3]], 6)
+    broken = few(0)
+    with torch.no_grad():
+        broken.lm_head.weight[0] = torch.nan
+    with pytest.raises(RunFailedError, match="log-probabilities are not finite"):
+        BeamSearch(broken, 2, [STOP])([[1, 3]], 6)
+
+
 def test_the_adapter_off_is_a_reference() -> None:
     own = BeamSearch(with_lora(llama()), 3, [STOP], by="reward")(PROMPTS, 8)
     merged = with_lora(llama()).merge_and_unload()  # type: ignore[operator]
@@ -137,7 +166,14 @@ def test_the_adapter_off_is_a_reference() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"width": 0}, "width (0)"),
+        ({"width": 0}, "width (0) must be a whole number of at least 1"),
+        ({"width": 2.5}, "width (2.5) must be a whole number"),
+        ({"width": 2, "prompts_per_batch": 0}, "prompts_per_batch (0)"),
+        ({"width": 2, "by": "foo"}, "by ('foo') must be one of likelihood, reward"),
+        (
+            {"width": 2, "by": "reward", "reference": llama()},
+            f"the policy has {FEW} tokens and the reference {VOCABULARY}",
+        ),
         ({"width": 2, "plausible": 1.5}, "plausible (1.5)"),
         ({"width": 2, "by": "reward"}, "search by reward needs a reference"),
     ],
