@@ -10,7 +10,7 @@ all of it. Nothing is tokenised again, and two questions have one answer each, b
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from llmrl.config.functions import function_named
 from llmrl.config.steps import NEWLINE, AnswerStepKeys
@@ -18,6 +18,7 @@ from llmrl.errors import RefusedError
 
 Segmenter = Callable[[str], list[str]]
 """From a text to its steps in order, which together are the text."""
+Decode = Callable[[Sequence[int]], str]
 
 
 def segmenter(keys: AnswerStepKeys) -> Segmenter:
@@ -77,24 +78,33 @@ def steps_of(text: str, split: Segmenter) -> list[str]:
     return steps
 
 
-def step_ends(token_ids: Sequence[int], split: Segmenter, decode: Callable[[Sequence[int]], str]) -> list[int]:
+def step_ends(token_ids: Sequence[int], split: Segmenter, decode: Decode) -> list[int]:
     """How many of the answer's tokens there are up to the end of each step, the last time all of them.
 
     `decode` gives the text of tokens, without special ones; that of an answer's first tokens is how the answer's text
     begins, but for a character of which a part is missing.
     """
+    return list(_ends(token_ids, split, decode))
+
+
+def first_step_end(token_ids: Sequence[int], split: Segmenter, decode: Decode) -> int:
+    """The first of `step_ends`, without looking for the others."""
+    return next(_ends(token_ids, split, decode))
+
+
+def _ends(token_ids: Sequence[int], split: Segmenter, decode: Decode) -> Iterator[int]:
     text = decode(token_ids)
-    ends: list[int] = []
-    place = 0
+    place = last = 0
     for step in steps_of(text, split)[:-1]:
         place += len(step)
         end = _tokens_up_to(place, text, token_ids, decode)
-        if end not in ends and decode(token_ids[end:]).strip():
-            ends.append(end)
-    return [*ends, len(token_ids)]
+        if end != last and decode(token_ids[end:]).strip():
+            yield end
+            last = end
+    yield len(token_ids)
 
 
-def _tokens_up_to(place: int, text: str, token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> int:
+def _tokens_up_to(place: int, text: str, token_ids: Sequence[int], decode: Decode) -> int:
     """The fewest tokens whose text holds the first `place` characters."""
     low, high = 0, len(token_ids)
     while low < high:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from llmrl.data.steps import by_delimiter, by_function, step_ends, steps_of
+from llmrl.data.steps import by_delimiter, by_function, first_step_end, step_ends, steps_of
 from llmrl.errors import RefusedError
 
 NEWLINE = by_delimiter("\n")
@@ -67,6 +67,7 @@ def test_any_answer_is_divided_without_loss() -> None:
     for _ in range(300):
         ids = draw.choices(range(len(PIECES)), k=draw.randint(1, 40))
         ends = step_ends(ids, NEWLINE, decode)
+        assert first_step_end(ids, NEWLINE, decode) == ends[0]
         assert ends == sorted(set(ends))
         assert ends[-1] == len(ids)
         for end in ends[:-1]:

@@ -9,14 +9,14 @@
 A line is a JSON object; token ids are those that were sampled, and `answer_ids` begin after the prompt.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llmrl.data.order import epoch_order
-from llmrl.data.steps import Segmenter, step_ends
+from llmrl.data.steps import Decode, Segmenter, first_step_end, step_ends
 from llmrl.errors import RefusedError
 from llmrl.learner.sequences import Group, TokenSequence
 from llmrl.objectives.direct_advantage import spread, step_advantages
@@ -27,7 +27,6 @@ from llmrl.trainers.direct_advantage.config import DirectAdvantageConfig
 from llmrl.trainers.direct_advantage.critic import state_group
 from llmrl.trainers.direct_advantage.stage_files import Line, Tallies
 
-Decode = Callable[[Sequence[int]], str]
 Action = tuple[int, ...]
 
 
@@ -211,7 +210,7 @@ def candidates_of(completions: Line, split: Segmenter, decode: Decode) -> list[C
     """A candidate for each completion of a state."""
     found = []
     for one in completions["completions"]:
-        end = step_ends(one["ids"], split, decode)[0]
+        end = first_step_end(one["ids"], split, decode)
         found.append(Candidate(tuple(one["ids"][:end]), end == len(one["ids"]), one["right"]))
     return found
 
