@@ -1,7 +1,7 @@
 """Greedy accuracy on problems with known answers: what a recipe shows beside its loss.
 
 task = TaskEvaluation(config.task_evaluation, tokenizer, run.note)     # refuses bad problems before training
-result = task(model, run.console.say)                                  # every rank gets the whole result
+result = task(model, accelerator, run.console.say)                     # every rank gets the whole result
 run.evaluation(step, "task", result.metrics)
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from llmrl.errors import RefusedError
 from llmrl.evaluation.intervals import wilson_interval
 from llmrl.evaluation.progress import Ticker
 from llmrl.evaluation.samples import Sample
+from llmrl.learner.together import gather
 from llmrl.rewards.answers import final_number, is_correct
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Completion, Engine, SamplingParams
@@ -77,15 +78,13 @@ class TaskEvaluation:
                     f"exceed the model's {max_positions} positions. Lower max_new_tokens, or shorten the row"
                 )
 
-    def __call__(self, model: nn.Module, say: Callable[[str], None] = lambda text: None) -> TaskResult:
+    def __call__(
+        self, model: nn.Module, accelerator: Accelerator, say: Callable[[str], None] = lambda text: None
+    ) -> TaskResult:
         """Answer all problems greedily with `model` as it is; `say` hears now and then how far it is."""
         engine = HuggingFaceEngine(model, self.tokenizer, max_rows=self.keys.batch_size)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = self._answers(engine, self.problems[rank::world], say)
-        if world == 1:
-            return TaskResult(accuracy_metrics(mine), mine)
-        shares: list[Any] = [None] * world
-        dist.all_gather_object(shares, mine)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        shares = gather(accelerator, self._answers(engine, self.problems[rank::world], say))
         whole = [shares[i % world][i // world] for i in range(len(self.problems))]
         return TaskResult(accuracy_metrics(whole), whole)
 

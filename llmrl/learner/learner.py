@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from llmrl.errors import RefusedError, RunFailedError
-from llmrl.learner import forms, reference, sharding, state
+from llmrl.learner import forms, reference, sharding, state, together
 from llmrl.learner.batches import ModelInputs, scored_tokens
 from llmrl.learner.optimizer import adamw, forget, only_value_head
 from llmrl.learner.options import LearnerOptions
@@ -291,7 +291,7 @@ class Learner:
             name: (_extreme(name)([float(part) for part, _ in parts]), float(sum(n for _, n in parts)))
             for name, parts in sums.items()
         }
-        everyone = sharding.gather_objects(self.accelerator, mine)
+        everyone = together.gather(self.accelerator, mine)
         means = {}
         for name in sorted({name for theirs in everyone for name in theirs}):
             totals, counts = zip(*(theirs[name] for theirs in everyone if name in theirs), strict=True)
@@ -301,7 +301,7 @@ class Learner:
 
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
         """As many micro-batches on every rank; those added are empty."""
-        most = sharding.max_over_ranks(self.accelerator, len(batches))
+        most = together.largest(self.accelerator, len(batches))
         return batches + [[] for _ in range(most - len(batches))]
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -360,6 +360,6 @@ def _per_group(logprobs_N: np.ndarray, groups: list[Group]) -> list[list[Floats]
 def _merged(
     accelerator: Accelerator, scored: dict[int, list[SequenceScores]], num_groups: int
 ) -> list[list[SequenceScores]]:
-    everyone = sharding.gather_objects(accelerator, scored)
+    everyone = together.gather(accelerator, scored)
     scored = {i: parts for share in everyone for i, parts in share.items()}
     return [scored[i] for i in range(num_groups)]

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,6 @@ from llmrl.learner.gradient_apart import GradientApart
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """More than any rank does alone while the others wait in a collective. What may take longer ends in a `Meeting`."""
-T = TypeVar("T")
 
 
 def build_accelerator(mixed_precision: str = "no") -> Accelerator:
@@ -197,21 +196,3 @@ def zero_stage(accelerator: Accelerator) -> int:
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return 0
     return int(accelerator.state.deepspeed_plugin.zero_stage)
-
-
-def gather_objects(accelerator: Accelerator, mine: T) -> list[T]:
-    """What every rank holds, in the order of the ranks."""
-    if accelerator.num_processes == 1:
-        return [mine]
-    everyone: list[Any] = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
-def max_over_ranks(accelerator: Accelerator, value: int) -> int:
-    """The largest of the ranks' numbers."""
-    if accelerator.num_processes == 1:
-        return value
-    largest = torch.tensor(value, device=accelerator.device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return int(largest)

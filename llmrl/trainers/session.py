@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 
 from llmrl.errors import RefusedError, RunFailedError, RunInterruptedError
+from llmrl.evaluation.progress import Ticker
 from llmrl.learner.learner import Learner
 from llmrl.learner.meeting import RankLostError
-from llmrl.learner.sharding import max_over_ranks
+from llmrl.learner.together import any_rank
 from llmrl.runs import Run, checkpoints
 from llmrl.runs.final import publish_model
 
@@ -108,14 +109,15 @@ class Session:
                 raise RunFailedError(str(error)) from error
             raise
 
-    def end_if_asked(self, during: str) -> None:
-        """Raises RunInterruptedError on all ranks where a signal asked one of them to stop. For what takes long within
-        a step: called as often on every rank, within `before_updates`."""
-        if self._is_asked_to_stop():
-            raise RunInterruptedError(f"a signal asked for it during: {during}")
+    def watched(self, what: str) -> Ticker:
+        """For what takes long within a step: hears how much of it is done and of how much, says so now and then, and
+        raises RunInterruptedError on all ranks where a signal asked one of them to stop. Called as often on every rank,
+        within `before_updates`."""
+        return _Watched(self, what)
 
-    def _is_asked_to_stop(self) -> bool:
-        return max_over_ranks(self.learner.accelerator, int(self.run.interrupted)) > 0
+    def is_asked_to_stop(self) -> bool:
+        """Whether a signal asked one of the ranks; called on all of them."""
+        return any_rank(self.learner.accelerator, self.run.interrupted)
 
     def finish(self) -> None:
         """The last checkpoint, the last evaluation, and the model in `final/`.
@@ -144,7 +146,7 @@ class Session:
         self._tell("on_step_end")
         if self.control.should_evaluate or self._evaluation_is_due(step):
             self._evaluate(step)
-        stop = self._is_asked_to_stop()
+        stop = self.is_asked_to_stop()
         if stop or self.control.should_save or (config.save_steps and step % config.save_steps == 0):
             self._save(step)
         if stop and step < self.total_steps:
@@ -158,7 +160,7 @@ class Session:
         """Whether the run from which this one goes on was ended during its evaluation after this step."""
         recorded = any(entry["step"] == step for entry in self.run.metrics.evaluations)
         missing = self.run.is_main and not recorded and self._evaluation_is_due(step)
-        return max_over_ranks(self.learner.accelerator, int(missing)) > 0
+        return any_rank(self.learner.accelerator, missing)
 
     def _evaluate(self, step: int) -> None:
         results = self.evaluate()
@@ -206,3 +208,16 @@ class Session:
                 **extra,
             )
             self.control = self.control if answer is None else answer
+
+
+class _Watched(Ticker):
+    """A ticker that ends the run, with a checkpoint, where a signal asks for it."""
+
+    def __init__(self, session: Session, what: str) -> None:
+        super().__init__(session.run.console.say, what)
+        self._session = session
+
+    def __call__(self, done: int, total: int) -> None:
+        super().__call__(done, total)
+        if self._session.is_asked_to_stop():
+            raise RunInterruptedError(f"a signal asked for it during: {self.what} ({done} of {total})")

@@ -104,7 +104,7 @@ def task_evaluation(
 
     def evaluate() -> dict[str, dict[str, float]]:
         with accelerator.autocast():  # answered in the precision that is trained in
-            result = task(model, run.console.say)
+            result = task(model, accelerator, run.console.say)
         if run.is_main:
             samples.keep(samples_of(result))
         return {"task": result.metrics}

@@ -136,6 +136,7 @@ def test_a_problem_that_leaves_no_room_for_an_answer_is_named_by_its_row(tmp_pat
 
 RANK = """
 import json, sys
+from types import SimpleNamespace
 import torch.distributed as dist
 from pathlib import Path
 from support.models import make_tiny_model
@@ -150,7 +151,8 @@ tokenizer = word_tokenizer()
 keys = TaskEvaluationKeys(
     dataset_name=str(folder / "problems.jsonl"), dataset_test_split="train", max_new_tokens=6, batch_size=2
 )
-result = TaskEvaluation(keys, tokenizer, lambda text: None)(make_tiny_model(vocab_size=len(tokenizer)))
+accelerator = SimpleNamespace(process_index=rank, num_processes=world)
+result = TaskEvaluation(keys, tokenizer, lambda text: None)(make_tiny_model(vocab_size=len(tokenizer)), accelerator)
 answered = [[a.prompt, a.text] for a in result.answered]
 (folder / f"result_{rank}_{world}.json").write_text(json.dumps([result.metrics, answered]))
 """

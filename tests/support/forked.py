@@ -120,6 +120,20 @@ def interrupted(method: str, config: Path, run: Path) -> dict[str, Any]:
     return summary
 
 
+def signalled(function: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """`function`, at whose `number`th call this process gets SIGTERM."""
+    calls = 0
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*arguments, **named)
+
+    return counted
+
+
 def two_ranks() -> list[dict[str, str]]:
     """What torchrun sets for each of two processes of one run on this machine."""
     with socket.socket() as probe:

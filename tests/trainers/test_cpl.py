@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support.forked import finish
+from support.forked import finish, signalled
 from support.recipe_run import final_weights, metrics, write_config
 from support.words import FIRST, WORDS
 
 import llmrl.runs.report
 from llmrl.runs.launch import run_command
 from llmrl.trainers import cpl, dpo
+from llmrl.trainers.offline.run import OfflineRun
 
 OTHERS = WORDS[6:]
 
@@ -94,8 +95,11 @@ def test_cpl_kl_with_lambda_1_is_dpo_where_segments_start_alike(tmp_path: Path) 
         assert one["metrics"]["rewards/accuracies"] == other["metrics"]["rewards/accuracies"]
 
 
-def test_turns_of_different_dialogues_are_compared_after_cloning_and_every_phase_can_be_resumed(tmp_path: Path) -> None:
-    """CPL-KL: the reference is the policy after the cloning, which no later run could make again."""
+def test_turns_of_different_dialogues_are_compared_after_cloning_and_every_phase_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPL-KL: the reference is the policy after the cloning, which no later run could make again; it can be stopped
+    while it takes it."""
     data = make_segments(tmp_path / "segments.jsonl")
     settings = {"variant": "cpl_kl", "step": "turn", "max_steps": 12, "bc_steps": 4, "warmup_ratio": 0.25}
     config = configured(
@@ -115,10 +119,19 @@ def test_turns_of_different_dialogues_are_compared_after_cloning_and_every_phase
     assert evals[0]["metrics"]["rewards/accuracies"] == 0.5
     assert evals[-1]["metrics"]["rewards/accuracies"] > 0.8
     weights = final_weights(tmp_path / "run")
-    for step in (10, 5, 4, 2):
-        assert run(config, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoints" / f"step_{step}")) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (10, 5, 2):
+        assert run(config, "--resume_from_checkpoint", str(checkpoints / f"step_{step}")) == 0
         assert metrics(tmp_path / "run") == lines
         assert final_weights(tmp_path / "run") == weights
+    with monkeypatch.context() as patched:
+        patched.setattr(OfflineRun, "scored_rows", signalled(OfflineRun.scored_rows, 1))
+        assert run(config, "--resume_from_checkpoint", str(checkpoints / "step_2")) == 75
+    stopped = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (stopped["steps"], "scored by the reference" in stopped["reason"]) == (4, True)
+    assert run(config, "--resume_from_checkpoint", "latest") == 0
+    assert metrics(tmp_path / "run") == lines
+    assert final_weights(tmp_path / "run") == weights
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse", "across"])

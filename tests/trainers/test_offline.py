@@ -1,11 +1,13 @@
 """What loops on fixed groups share: which rows a step sees, the reference, held-out groups, steps, refusals."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.forked import signalled
 from support.recipe_run import write_config
 
 import llmrl.runs.report
@@ -97,15 +99,20 @@ def test_check_says_what_there_is_to_train_on(tmp_path: Path) -> None:
 def test_a_resumed_run_takes_the_reference_from_the_initial_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped half way and resumed: were the reference taken from the checkpoint, margins would fall back to 0."""
+    """Stopped within the evaluation half way and resumed: were the reference taken from the checkpoint, margins would
+    fall back to 0."""
     monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
 
-    def run(name: str, *arguments: str) -> list[str]:
-        config = write_config(tmp_path, save_steps=3, max_steps=6, output_dir=str(tmp_path / name))
-        words = ["--config", str(config), *arguments]
-        assert run_command(dpo.DPOConfig, dpo.describe, dpo.train, words) == 0
-        return (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    def run(name: str, *arguments: str) -> int:
+        config = write_config(tmp_path, eval_steps=3, max_steps=6, output_dir=str(tmp_path / name))
+        return run_command(dpo.DPOConfig, dpo.describe, dpo.train, ["--config", str(config), *arguments])
 
-    whole = run("run")
-    again = run("run", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoints" / "step_3"))
-    assert again == whole
+    assert run("whole") == 0
+    with monkeypatch.context() as patched:  # held-out pairs are scored by the reference, before training, after step 3
+        patched.setattr(OfflineRun, "score", signalled(OfflineRun.score, 3))
+        assert run("run") == 75
+    assert [entry["step"] for entry in json.loads((tmp_path / "run" / "evals.json").read_text())] == [0]
+    assert "scored by the policy" in json.loads((tmp_path / "run" / "summary.json").read_text())["reason"]
+    assert run("run", "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoints" / "step_3")) == 0
+    for name in ("metrics.jsonl", "evals.json"):
+        assert (tmp_path / "run" / name).read_text() == (tmp_path / "whole" / name).read_text()

@@ -27,7 +27,6 @@ from llmrl.config import ModelKeys, OptimizationKeys
 from llmrl.data.order import rows_for_step
 from llmrl.data.preferences import PreferenceData, prepare_preferences
 from llmrl.data.tokenization import check_vocabulary
-from llmrl.evaluation.progress import Ticker
 from llmrl.learner.learner import Learner
 from llmrl.learner.loading import load_config, load_tokenizer, stop_token_ids
 from llmrl.learner.sequences import Floats, Group, completion
@@ -121,7 +120,6 @@ class OfflineRun:
         if self.learner.reference_kind == "precomputed":
             self.run.note("Computing the reference's log-probabilities with the weights as they are now.")
             self._known = self.scored_rows(steps)
-        self.session.end_if_asked("the reference's log-probabilities")
         scored = self.score(self._heldout, f"held-out {self.noun} scored by the reference")
         self._heldout = [with_reference(g, known) for g, known in zip(self._heldout, scored, strict=True)]
 
@@ -153,7 +151,7 @@ class OfflineRun:
         known: dict[int, list[Floats]] = {}
         batches = [self.rows(step) for step in steps]
         used = len({row for rows in batches for row in rows})
-        ticker = Ticker(self.run.console.say, f"training {self.noun} scored by the reference")
+        watched = self.session.watched(f"training {self.noun} scored by the reference")
         for rows in batches:
             if len(known) == used:
                 break
@@ -161,21 +159,25 @@ class OfflineRun:
                 scored = self.learner.logprobs([self._group_of(self.data.train[row]) for row in rows])
                 for row, logprobs in zip(rows, scored, strict=True):
                     known.setdefault(row, logprobs)
-                ticker(len(known), used)
-                self.session.end_if_asked(f"training {self.noun} scored by the reference ({len(known)} of {used})")
+                watched(len(known), used)
         return known
 
     def score(self, groups: list[Group], what: str) -> list[list[Floats]]:
-        """Log-probabilities with the weights as they are; progress is told in the words of `what`."""
-        return self.learner.logprobs(groups, progress=Ticker(self.run.console.say, what))
+        """Log-probabilities with the weights as they are; progress is told in the words of `what`, and a signal is
+        heard meanwhile."""
+        return self.learner.logprobs(groups, progress=self.session.watched(what))
 
     def evaluate(self) -> Evaluations:
-        """Metrics of the held-out groups, and the answers to the problems of task_evaluation."""
+        """Metrics of the held-out groups, and the answers to the problems of task_evaluation.
+
+        Where they are interrupted, a checkpoint of the steps before is left.
+        """
         found: Evaluations = {}
-        if self._heldout and self._metrics:
-            scored = self.score(self._heldout, f"held-out {self.noun} scored by the policy")
-            found = {name: metrics(self._heldout, scored) for name, metrics in self._metrics.items()}
-        return found | self._answers()
+        with self.session.before_updates():
+            if self._heldout and self._metrics:
+                scored = self.score(self._heldout, f"held-out {self.noun} scored by the policy")
+                found = {name: metrics(self._heldout, scored) for name, metrics in self._metrics.items()}
+            return found | self._answers()
 
 
 def num_steps(config: OptimizationKeys, groups_per_step: int, num_groups: int) -> int:

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl import models
 from llmrl.config.online import EngineKeys
-from llmrl.errors import LlmrlError, RefusedError
+from llmrl.errors import RefusedError
 from llmrl.learner.learner import Learner
 from llmrl.learner.loading import base_of
-from llmrl.learner.sharding import gather_objects, zero_stage
+from llmrl.learner.sharding import zero_stage
+from llmrl.learner.together import all_do
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import Engine
 from llmrl.runs import ranks
@@ -157,43 +158,28 @@ def synchronise(engine: Engine | None, learner: Learner, adapter: PeftConfig | N
     if isinstance(engine, HuggingFaceEngine):
         engine.sync((), version)
         return
-    weights, failure = learner.weights(), None
+    weights = learner.weights()
     known = _as_the_engine_knows_them(weights, learner, adapter)
-    try:
-        if engine is not None:
-            engine.sync(known, version)
-    except LlmrlError as error:
-        failure = error
-    for _ in weights:  # a rank without an engine, or whose engine failed, takes part in gathering, too
-        pass
-    raise_together(learner.accelerator, failure)
+
+    def bring() -> None:
+        try:
+            if engine is not None:
+                engine.sync(known, version)
+        finally:
+            for _ in weights:  # a rank without an engine, or whose engine failed, takes part in gathering, too
+                pass
+
+    all_do(learner.accelerator, bring)
 
 
 def put_to_sleep(engine: Engine | None, accelerator: Accelerator) -> None:
     """Give the engine's memory to training, until `wake_up` or `synchronise`. What one rank fails with, all raise."""
-    _together(accelerator, engine.sleep if engine else None)
+    all_do(accelerator, engine.sleep if engine else None)
 
 
 def wake_up(engine: Engine | None, accelerator: Accelerator) -> None:
     """Let an engine that sleeps be ready again, with the weights that it had."""
-    _together(accelerator, engine.wake if engine else None)
-
-
-def _together(accelerator: Accelerator, work: Callable[[], None] | None) -> None:
-    failure = None
-    try:
-        if work is not None:
-            work()
-    except LlmrlError as error:
-        failure = error
-    raise_together(accelerator, failure)
-
-
-def raise_together(accelerator: Accelerator, failure: LlmrlError | None) -> None:
-    """Raise on every rank what any of them failed with: one that ended alone would leave the others waiting for it."""
-    failures = [each for each in gather_objects(accelerator, failure) if each is not None]
-    if failures:
-        raise failure or failures[0]
+    all_do(accelerator, engine.wake if engine else None)
 
 
 def _as_the_engine_knows_them(

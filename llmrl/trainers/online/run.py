@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from llmrl.errors import LlmrlError, RunFailedError
+from llmrl.errors import RunFailedError
 from llmrl.evaluation.samples import KeptSamples, samples_of
 from llmrl.learner.learner import Learner
+from llmrl.learner.together import all_do
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.trajectory import RolloutGroup, mean_reward
 from llmrl.runs import Run
 from llmrl.trainers import checks
 from llmrl.trainers.online.config import SamplingConfig
-from llmrl.trainers.online.engines import check_engine, left_for_servers, raise_together
+from llmrl.trainers.online.engines import check_engine, left_for_servers
 from llmrl.trainers.online.metrics import heldout_metrics, rollout_metrics
 from llmrl.trainers.online.sampler import Sampler
 from llmrl.trainers.online.task import OnlineTask
@@ -135,8 +136,8 @@ class SampledRun:
 
     def _write(self, number: int, groups: Iterable[RolloutGroup]) -> None:
         """Keep a step's rollouts, on the first rank, and let older ones go; where that fails, all ranks end."""
-        failure: LlmrlError | None = None
-        if self.run.is_main:
+
+        def write() -> None:
             folder = self.run.directory / "rollouts"
             try:
                 keep_rollouts(folder, number, groups, self.task.tokenizer.decode, self.config.save_rollouts)
@@ -145,8 +146,10 @@ class SampledRun:
                 if isinstance(error, OSError):
                     what = error.strerror or str(error)
                     remedy = "Free space on that disk, or keep the rollouts of fewer steps (save_rollouts)"
-                failure = RunFailedError(f"{folder}/step_{number}.jsonl could not be written: {what}. {remedy}")
-        raise_together(self.learner.accelerator, failure)
+                said = f"{folder}/step_{number}.jsonl could not be written: {what}. {remedy}"
+                raise RunFailedError(said) from error
+
+        all_do(self.learner.accelerator, write if self.run.is_main else None)
 
     # -- records -------------------------------------------------------------------------------------------------
 

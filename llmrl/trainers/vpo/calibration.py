@@ -21,7 +21,8 @@ from llmrl.errors import RefusedError
 from llmrl.evaluation.progress import Ticker
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group, TokenSequence, completion
-from llmrl.learner.sharding import gather_objects, zero_stage
+from llmrl.learner.sharding import zero_stage
+from llmrl.learner.together import from_first, gather
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import SamplingParams, row_seed
 from llmrl.runs import Run
@@ -41,10 +42,8 @@ def drawn_once(
 
     Call it while the learner still has its initial weights; on all ranks.
     """
-    found: Answers = {}
-    if run.is_main and run.checkpoint is not None:
-        found = read_answers(run.checkpoint.parents[1] / FILE)
-    found = gather_objects(learner.accelerator, found)[0]
+    kept = run.checkpoint and run.checkpoint.parents[1] / FILE
+    found: Answers = {} if kept is None else from_first(learner.accelerator, lambda: read_answers(kept))
     if not rows <= found.keys():
         if run.checkpoint is not None:
             run.note(f"{FILE} is not there or not whole: calibration answers are drawn again, from the initial weights")
@@ -84,7 +83,7 @@ def sampled_answers(
         for number, ids, completions in zip(chunks[index], asked, found, strict=True):
             mine[number] = tuple(completion(ids, one.token_ids[: max_length - len(ids)]) for one in completions)
         ticker(len(mine) * accelerator.num_processes, len(numbers))
-    return {number: group for share in gather_objects(accelerator, mine) for number, group in share.items()}
+    return {number: group for share in gather(accelerator, mine) for number, group in share.items()}
 
 
 def _positions(learner: Learner) -> int:

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from llmrl.config import RunKeys
 from llmrl.errors import LlmrlError, RefusedError, RunInterruptedError
-from llmrl.learner.sharding import max_over_ranks
+from llmrl.learner.together import any_rank
 from llmrl.runs import Run, checkpoints
 from llmrl.runs.disk import as_disk_failure, is_disk_failure
 from llmrl.runs.final import publish_model
@@ -110,7 +110,7 @@ class Director(TrainerCallback):
         log_is_due = control.should_log or last
         if config.eval_steps and step % config.eval_steps == 0 and not last:
             self.evaluate_now(step)
-        stop = max_over_ranks(self.trainer.accelerator, int(self.run.interrupted)) > 0
+        stop = any_rank(self.trainer.accelerator, self.run.interrupted)
         control.should_log = log_is_due  # the evaluation logs too, after which transformers takes this step's for done
         control.should_save = stop or last or bool(config.save_steps and step % config.save_steps == 0)
         if stop and not last:
