@@ -6,31 +6,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.recipe_run import final_weights, make_pairs, metrics, write_config
+from support.recipe_run import final_weights, make_pairs, metrics, run_method, write_config
 
-import llmrl.runs.report
 from llmrl.config.parse import parse
 from llmrl.errors import RefusedError
 from llmrl.learner.sequences import TokenSequence
-from llmrl.runs.launch import run_command
-from llmrl.trainers import dpo
 from llmrl.trainers.vpo import calibration
 from llmrl.trainers.vpo import offline as vpo
 from llmrl.trainers.vpo.calibration import FILE, read_answers, write_answers
 
 
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing one takes longer than these runs."""
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
-
-
-def run(tmp: Path, method: Any = vpo, *arguments: str, code: int = 0, **settings: Any) -> Path:
+def run(tmp: Path, *arguments: str, method: str = "vpo", code: int = 0, **settings: Any) -> Path:
     """A run of `method`; its directory."""
     output = str(tmp / settings.pop("name", "run"))
     config = write_config(tmp, output_dir=output, **settings)
-    words = ["--config", str(config), *arguments]
-    assert run_command(method.Config, method.describe, method.train, words) == code
+    assert run_method(method, config, *arguments) == code
     return Path(output)
 
 
@@ -43,20 +33,30 @@ def with_column(tmp: Path) -> None:
 
 def test_alpha_0_is_dpo_weight_for_weight(tmp_path: Path) -> None:
     ours = run(tmp_path, alpha=0, name="vpo")
-    theirs = run(tmp_path, dpo, name="dpo")
+    theirs = run(tmp_path, method="dpo", name="dpo")
     assert final_weights(ours) == final_weights(theirs)
     assert (ours / "evals.json").read_text() == (theirs / "evals.json").read_text()
     assert [line["loss"] for line in metrics(ours)] == [line["loss"] for line in metrics(theirs)]
 
 
-@pytest.mark.parametrize("calibrated", ["both", "column"])
-def test_pessimism_makes_calibration_answers_likelier(tmp_path: Path, calibrated: str) -> None:
-    """From exactly 0: where the reference is precomputed, the answers are packed as in training."""
-    with_column(tmp_path)
-    lines = metrics(run(tmp_path, alpha=1.0, calibration=calibrated))
+@pytest.mark.parametrize("calibrated", ["chosen", "both", "column"])
+def test_pessimism_makes_the_answers_that_calibrate_likelier(tmp_path: Path, calibrated: str) -> None:
+    """From exactly 0: where the reference is precomputed, the answers are packed as in training. In a column they are
+    here the rejected ones, so that each source has a mean log-ratio of its own."""
+    rows = [json.loads(line) for line in make_pairs(tmp_path / "pairs.jsonl").read_text().splitlines()]
+    texts = [json.dumps({**row, "calibration": [row["rejected"]]}) for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(texts))
+    alpha, beta = 5.0, 0.1
+    lines = metrics(run(tmp_path, alpha=alpha, beta=beta, calibration=calibrated))
     assert lines[0]["calibration/log_ratio"] == 0.0
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    assert lines[-1]["calibration/log_ratio"] > 0.1
+    last = lines[-1]
+    chosen, rejected = last["rewards/chosen"] / beta, last["rewards/rejected"] / beta
+    expected = {"chosen": chosen, "both": (chosen + rejected) / 2, "column": rejected}
+    assert expected[calibrated] == pytest.approx(last["calibration/log_ratio"], rel=1e-4)
+    assert last["calibration/log_ratio"] > 0.1
+    assert abs(chosen - rejected) > 0.1
+    assert last["calibration_loss"] == pytest.approx(-alpha * beta * last["calibration/log_ratio"], rel=1e-4)
 
 
 def test_a_resumed_run_keeps_its_samples_and_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -69,10 +69,10 @@ def test_a_resumed_run_keeps_its_samples_and_ends_with_the_same_weights(tmp_path
 
     resume = ("--resume_from_checkpoint", str(whole / "checkpoints" / "step_3"))
     weights = final_weights(whole)
-    again = run(tmp_path, vpo, *resume, name="whole", max_steps=6, **settings)
+    again = run(tmp_path, *resume, name="whole", max_steps=6, **settings)
     assert final_weights(again) == weights
     (whole / FILE).write_text("{")  # lost: drawn again from the initial weights, the same
-    redrawn = run(tmp_path, vpo, *resume, name="whole", max_steps=6, **settings)
+    redrawn = run(tmp_path, *resume, name="whole", max_steps=6, **settings)
     assert final_weights(redrawn) == weights
     assert "drawn again" in (whole / "notes.log").read_text()
     assert [json.loads(line) for line in (whole / FILE).read_text().splitlines()] == lines
