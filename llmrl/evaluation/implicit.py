@@ -19,7 +19,7 @@ from llmrl.learner.batches import ModelInputs
 from llmrl.learner.learner import Learner
 from llmrl.learner.policy import Policy
 from llmrl.learner.reference import adapters_off, scoring
-from llmrl.learner.sequences import Floats, Group, split_into_microbatches
+from llmrl.learner.sequences import Floats, Group, per_sequence
 from llmrl.objectives.implicit_reward import reference_drift
 
 CHUNK_ELEMENTS = 2**22
@@ -79,13 +79,22 @@ class ImplicitReward:
 def learner_drift(learner: Learner, groups: list[Group], beta: float) -> dict[str, float]:
     """`reference_drift`, the mean of `ImplicitReward.drift` over the scored tokens, of a learner as it is.
 
-    For evaluations of held-out pairs, beside `rewards/chosen` and `rewards/rejected`. Empty where the reference is not
-    in memory (`precomputed`), and under more than one process, where the model may lie in parts.
+    For evaluations of held-out pairs, beside `rewards/chosen` and `rewards/rejected`. Empty where `without_drift` says
+    why.
     """
-    if learner.reference_kind == "precomputed" or learner.accelerator.num_processes > 1:
+    if without_drift(learner) is not None:
         return {}
     drifts = _drift(learner.policy, learner.frozen, learner.form, groups, beta, learner.options.tokens_per_microbatch)
     return {"reference_drift": float(np.concatenate([part for group in drifts for part in group]).mean())}
+
+
+def without_drift(learner: Learner) -> str | None:
+    """Why `learner_drift` says nothing of this learner; None where it does."""
+    if learner.reference_kind not in IN_MEMORY:
+        return f"no reference is in memory (reference: {learner.reference_kind}); reference: frozen or use_peft has it"
+    if learner.accelerator.num_processes > 1:
+        return "it needs the whole model in one process"
+    return None
 
 
 def _drift(
@@ -113,15 +122,9 @@ def _scoring_policy(causal_lm: PreTrainedModel | PeftModel, say: Callable[[str],
     """The model with the learner's forward, in the form that was compared with the model's own."""
     policy = Policy(causal_lm)
     device = next(policy.parameters()).device
-    form = forms.choose(policy, "auto", say)
-
-    def probe(form: forms.Form, plain: bool) -> Tensor:
-        group = forms.probe_group(causal_lm.config.get_text_config().vocab_size)
-        with scoring(policy):
-            found: Tensor = policy(forms.inputs(form, [group], device), False, plain).logprobs_N.float()
-        return found
-
-    return policy, forms.check(form, probe, causal_lm.dtype, device.type == "cpu", say)
+    probe = forms.probe(policy, causal_lm.config.get_text_config().vocab_size, device)
+    form = forms.check(forms.choose(policy, "auto", say), probe, causal_lm.dtype, device.type == "cpu", say)
+    return policy, form
 
 
 @contextmanager
@@ -134,11 +137,9 @@ def _as_reference(policy: Policy, reference: Policy | None) -> Iterator[Policy]:
 def _batches(
     groups: list[Group], form: forms.Form, budget: int, device: torch.device
 ) -> Iterator[tuple[list[int], ModelInputs]]:
-    for members in split_into_microbatches([forms.size(form, group) for group in groups], budget):
+    for members in forms.microbatches(form, groups, budget):
         yield members, forms.inputs(form, [groups[i] for i in members], device)
 
 
 def _split(values_N: Tensor, groups: list[Group]) -> list[list[Floats]]:
-    counts = [sequence.num_scored for group in groups for sequence in group]
-    parts = iter(np.split(values_N.float().cpu().numpy(), np.cumsum(counts)[:-1]))
-    return [[next(parts) for _ in group] for group in groups]
+    return per_sequence(values_N.float().cpu().numpy(), groups)

@@ -15,7 +15,8 @@ from llmrl.errors import RefusedError
 from llmrl.learner.batches import ModelInputs, padded_inputs, tree_inputs
 from llmrl.learner.policy import Policy, base_model, can_take_tree
 from llmrl.learner.prefix_tree import num_unique_tokens
-from llmrl.learner.sequences import Group, completion
+from llmrl.learner.reference import scoring
+from llmrl.learner.sequences import Group, completion, split_into_microbatches
 
 Form = Literal["tree", "padded"]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -51,6 +52,11 @@ def size(form: Form, group: Group) -> int:
     return len(group) * max(len(s.token_ids) for s in group)
 
 
+def microbatches(form: Form, groups: list[Group], budget: int) -> list[list[int]]:
+    """Indices of the groups of each forward pass, of at most `budget` token slots."""
+    return split_into_microbatches([size(form, group) for group in groups], budget)
+
+
 def dummy_group() -> Group:
     """The smallest thing that can be forwarded."""
     return (completion([0], [0]),)
@@ -64,6 +70,17 @@ def probe_group(vocabulary: int) -> Group:
     return tuple(
         completion(prompt, np.concatenate([m, t])) for m, t in zip((middle, middle, middle[:0]), tails, strict=True)
     )
+
+
+def probe(model: nn.Module, vocabulary: int, device: torch.device) -> Callable[[Form, bool], Tensor]:
+    """What `check` asks for: `model`, a policy or what wraps one, scores the probe."""
+
+    def score(form: Form, plain: bool) -> Tensor:
+        with scoring(model):
+            found: Tensor = model(inputs(form, [probe_group(vocabulary)], device), False, plain).logprobs_N
+        return found.float()
+
+    return score
 
 
 def check(

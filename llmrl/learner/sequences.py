@@ -75,6 +75,13 @@ def completion(prompt_ids: Seq[int] | Ints, completion_ids: Seq[int] | Ints) -> 
     return TokenSequence(ids, np.arange(len(ids)) >= len(prompt_ids))
 
 
+def per_sequence(values_N: Floats, groups: Seq[Group]) -> list[list[Floats]]:
+    """What one forward pass says of the scored tokens of these groups, for each group sequence by sequence."""
+    counts = [sequence.num_scored for group in groups for sequence in group]
+    parts = iter(np.split(values_N, np.cumsum(counts)[:-1]))
+    return [[next(parts) for _ in group] for group in groups]
+
+
 def split_into_microbatches(sizes: Seq[int], budget: int) -> list[list[int]]:
     """Indices of groups, put together so that each micro-batch holds at most `budget` tokens.
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from support.models import VOCABULARY, make_tiny_model
 
 from llmrl.errors import RefusedError
-from llmrl.evaluation.implicit import ImplicitReward, learner_drift
+from llmrl.evaluation.implicit import ImplicitReward, learner_drift, without_drift
 from llmrl.learner.learner import Learner
 from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import Group, completion
@@ -86,6 +86,8 @@ def test_a_learner_reports_its_drift_where_its_reference_is_in_memory(groups: li
     assert learner_drift(fresh, groups, BETA)["reference_drift"] == pytest.approx(0.0, abs=1e-7)
     without = Learner(make_tiny_model(), LearnerOptions(reference="precomputed"), say=lambda text: None)
     assert learner_drift(without, groups, BETA) == {}
+    assert "reference: frozen" in str(without_drift(without))
+    assert without_drift(fresh) is None
 
 
 def test_no_reference_and_no_adapter_is_refused(tmp_path: Path) -> None:
