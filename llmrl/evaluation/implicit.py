@@ -18,7 +18,7 @@ from llmrl.learner import forms
 from llmrl.learner.batches import ModelInputs
 from llmrl.learner.learner import Learner
 from llmrl.learner.policy import Policy
-from llmrl.learner.reference import adapters_off, scoring
+from llmrl.learner.reference import IN_MEMORY, adapters_off, scoring
 from llmrl.learner.sequences import Floats, Group, per_sequence
 from llmrl.objectives.implicit_reward import reference_drift
 

@@ -1,7 +1,8 @@
 """The reference policy: what the trained model was when training started, in memory, never re-read from disk.
 
 With adapters the reference is the same model with them switched off. Without, its log-probabilities are computed before
-the first update when the data is fixed (`precomputed`), or one frozen copy is kept (`frozen`).
+the first update when the data is fixed (`precomputed`), or one frozen copy is kept (`frozen`). What compares with nothing
+has none (`none`).
 """
 
 import contextlib
@@ -15,7 +16,9 @@ from peft import PeftModel
 from llmrl.errors import RefusedError
 from llmrl.learner.policy import Policy
 
-ReferenceKind = Literal["adapter_off", "frozen", "precomputed"]
+ReferenceKind = Literal["adapter_off", "frozen", "precomputed", "none"]
+IN_MEMORY: tuple[ReferenceKind, ...] = ("adapter_off", "frozen")
+"""Kinds that can be asked at any time."""
 FROZEN_UNDER_ZERO3 = (
     "reference: frozen keeps a whole copy on each rank, which ZeRO-3 is there to avoid; use use_peft: true (the "
     "reference is then the policy without its adapter), for pairs reference: precomputed, or for the methods that "
@@ -34,6 +37,13 @@ def choose(kind: str, has_adapter: bool) -> ReferenceKind:
     if kind not in get_args(ReferenceKind):
         raise ValueError(f"reference {kind!r} is none of auto, {', '.join(get_args(ReferenceKind))}")
     return kind  # type: ignore[return-value]
+
+
+def why_not_asked(kind: ReferenceKind) -> str:
+    """What is wrong where a reference of this kind, which is not in memory, is asked."""
+    if kind == "none":
+        return "this learner was built without a reference (needs_reference, or reference: none)"
+    return "the reference is precomputed: its log-probabilities come with the sequences, and these do not carry them"
 
 
 def frozen_copy(policy: Policy) -> Policy:
