@@ -65,7 +65,7 @@ def check(config: DPOConfig) -> list[str]:
 
 def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
-    from llmrl.evaluation.implicit import learner_drift
+    from llmrl.evaluation.implicit import learner_drift, without_drift
     from llmrl.evaluation.preferences import preference_metrics
     from llmrl.objectives.dpo import DPO
     from llmrl.trainers.offline.run import OfflineRun, pair, preference_data
@@ -73,6 +73,9 @@ def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     tokenizer, data = preference_data(config, run.note, dataset)
     objective = DPO(config.beta, config.loss_type, config.label_smoothing, config.rpo_alpha).objective()
     offline = OfflineRun(config, run, tokenizer, data, config.pairs_per_step, callbacks=callbacks)
+
+    if data.heldout and (reason := without_drift(offline.learner)):
+        run.note(f"Held-out pairs are evaluated without reference_drift: {reason}.")
 
     def heldout(groups: "list[Group]", logprobs: "list[list[Floats]]") -> dict[str, float]:
         return preference_metrics(groups, logprobs, objective) | learner_drift(offline.learner, groups, config.beta)
