@@ -11,20 +11,20 @@ Invariants: a comparison is made of a row's scores and its place alone, so that 
 same; ties stay, with label 0.5; samples that find no partner are counted and said.
 """  # noqa: E501
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.data.order import epoch_order
+from llmrl.data.preparing import Options, PreparationKeys, Say
 from llmrl.data.scored import prepare_scored
-from llmrl.data.segments import CONTEXT, Piece, SegmentKeys, prepare_segments, segments_of
-from llmrl.data.sources import find_source
+from llmrl.data.segments import CONTEXT, Piece, prepare_segments, segments_of
+from llmrl.data.splits import train_and_heldout
 from llmrl.errors import RefusedError
 
-Say = Callable[[str], None]
 Mode = Literal["dense", "sparse", "across"]
 Place = tuple[int, int]
 """Row and segment in it, from 0."""
@@ -70,26 +70,16 @@ class ComparisonData:
 
 
 def prepare_comparisons(
-    config: SegmentKeys,
-    tokenizer: PreTrainedTokenizerBase,
-    mode: Mode,
-    say: Say,
-    *,
-    dataset: Dataset | DatasetDict | None = None,
-    stop_token_ids: Collection[int] = (),
-    faulty_rows: Literal["error", "drop"] = "error",
+    config: PreparationKeys, tokenizer: PreTrainedTokenizerBase, say: Say, *, mode: Mode, **options: Unpack[Options]
 ) -> ComparisonData:
     """Read, check and tokenise rows of any format above, and make comparisons of them.
 
     mode: of scored rows; rows with a label are compared as they stand. Raises RefusedError naming source, row, column
     and remedy.
     """
-    given = config.dataset_name if dataset is None else dataset
-    assert given is not None, "neither dataset_name nor a data set"
-    source = find_source(given, config.dataset_config)
-    columns = source.rows(config.dataset_train_split, "dataset_train_split").column_names
-    options: dict[str, Any] = {"dataset": dataset, "stop_token_ids": stop_token_ids, "faulty_rows": faulty_rows}
-    if "completions" in columns:
+    rows = options.get("rows") or train_and_heldout(config, say, options.get("dataset"))
+    train, options = rows[0], {**options, "rows": rows}
+    if "completions" in train.table.column_names:
         scored = prepare_scored(config, tokenizer, say, **options)
         parts = [_made(part, "rewards", _samples_of, mode, say) for part in (scored.train, scored.heldout)]
         return _data(parts, _value(mode), scored.counts, scored.fingerprint)
@@ -99,7 +89,7 @@ def prepare_comparisons(
         return _data(parts, "label", data.counts, data.fingerprint)
     if mode == "across":
         raise RefusedError(
-            f"{source.names[config.dataset_train_split]}: comparisons across needs samples of a prompt, whose mean "
+            f"{train.where}: comparisons across needs samples of a prompt, whose mean "
             "reward is known, and these are scored segments. Give scored samples (`prompt`, `completions`, `rewards`), "
             "or put segments that are to be compared into one row, with advantages as their scores"
         )

@@ -1,10 +1,11 @@
 """Rows that compare segments of behaviour, in every format, as segments with a label or a score each.
 
+Scored samples are compared, too, and have a reader of their own (`llmrl.data.scored`).
+
 | format | columns |
 |---|---|
 | compared segments | `first` and `second`, a segment each, and `label`: 0 the first is preferred, 1 the second, 0.5 neither (between: how likely the second is) |
 | scored segments | `segments`: two and more, each with a `score`; the higher is preferred |
-| scored samples | those of `llmrl.data.scored`: the rewards are the scores |
 | preference pairs | those of `llmrl.data.formats`: `chosen` is the first segment, `rejected` the second, the label 0 |
 
 A segment is an object: `prompt`, the state in which it starts (text, or the messages so far), and `completion`, what the
@@ -53,6 +54,11 @@ class Comparable:
 
     segments: tuple[Segment, ...]
     values: tuple[float, ...]
+
+    @property
+    def conversational(self) -> bool:
+        """Whether any segment is a dialogue."""
+        return any(segment.conversational for segment in self.segments)
 
 
 @dataclass(frozen=True)

@@ -7,45 +7,37 @@ begins, so that no id is ever edited. No segment is empty, no piece longer than 
 or made in an unusual way is counted and said; the same data, tokenizer and keys give the same rows and fingerprint.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
-from datasets import Dataset, DatasetDict, List, Value
+from datasets import Dataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from llmrl.data.faults import RowFault, refusal, sound
-from llmrl.data.lengths import LengthKeys, OverlongError, fit
-from llmrl.data.mapping import Fingerprint, combined, mapped
-from llmrl.data.preferences import check_training
+from llmrl.data.answers import Request, check_not_empty, encoded
+from llmrl.data.faults import RowFault
+from llmrl.data.lengths import fit
+from llmrl.data.preparing import COUNTED, Options, Part, PreparationKeys, Prepared, Reading, Say
 from llmrl.data.segment_formats import Comparable, Format, Segment, find_format
-from llmrl.data.splits import Rows, SplitKeys, train_and_heldout
-from llmrl.data.tokenization import Encoded, Encoder, check_chat_template
+from llmrl.data.splits import Rows
+from llmrl.data.tokenization import Encoded, Encoder
 from llmrl.errors import RefusedError
-
-Say = Callable[[str], None]
 
 CONTEXT = -1
 ID_COLUMNS = ("token_ids", "turns", "piece_lengths", "piece_counts")
-COUNTED = {
-    "dropped_faulty": "rows dropped as faulty",
+VALUES = {"values": List(Value("float64"))}
+COUNTED_SEGMENTS = COUNTED | {
     "dropped_overlong_prompts": "rows dropped because max_length leaves no room for a prompt and what follows",
     "dropped_overlong_completions": "rows dropped because a segment does not fit into max_length",
     "truncated_completions": "segments cut at their end to fit into max_length; they lose their stop token",
-    "truncated_prompts": "prompts cut at their start to fit into max_length",
     "retokenised_boundaries": "turns tokenised apart from their prompt, for a token would span the boundary",
     "rerendered_prompts": "turns put behind the prompt that generation sees, which the chat template writes "
     "differently when an answer follows",
-    "rewritten_histories": "turns before which the chat template rewrites what was said: each begins a new piece",
     "without_stop_token": "segments after which the chat template writes no stop token",
+    "rewritten_histories": "turns before which the chat template rewrites what was said: each begins a new piece",
     "open_ends": "segments cut out of longer turns (ends: false), which get no stop token",
 }
-
-
-class SegmentKeys(SplitKeys, LengthKeys, Protocol):
-    """The keys read here; `llmrl.config`'s DataKeys has them."""
 
 
 class Piece(NamedTuple):
@@ -62,19 +54,15 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SegmentData:
-    """Rows of two and more segments, to train on and held out. `segments_of` gives a row's segments.
+class SegmentData(Prepared):
+    """Rows of two and more segments: ID_COLUMNS and `values`, a number for each segment. `segments_of` gives a row's
+    segments.
 
-    train, heldout: ID_COLUMNS, `values` (a number for each segment: see `format`) and `row` (in the source, from 1).
-    format: how the rows were written; its `value` says whether values are labels or scores. counts: `rows` read,
-    `train_rows` and `heldout_rows` kept, and COUNTED. fingerprint: of ids and values; no path or name goes into it.
+    format: how the rows were written; its `value` says whether values are labels or scores. fingerprint: also of the
+    values.
     """
 
-    train: Dataset
-    heldout: Dataset | None
     format: Format
-    counts: dict[str, int]
-    fingerprint: str
 
 
 def segments_of(row: dict[str, Any]) -> list[list[Piece]]:
@@ -89,102 +77,61 @@ def segments_of(row: dict[str, Any]) -> list[list[Piece]]:
 
 
 def prepare_segments(
-    config: SegmentKeys,
-    tokenizer: PreTrainedTokenizerBase,
-    say: Say,
-    *,
-    dataset: Dataset | DatasetDict | None = None,
-    stop_token_ids: Collection[int] = (),
-    faulty_rows: Literal["error", "drop"] = "error",
+    config: PreparationKeys, tokenizer: PreTrainedTokenizerBase, say: Say, **options: Unpack[Options]
 ) -> SegmentData:
-    """Read, check, render and tokenise segments (formats: `llmrl.data.segment_formats`); see `prepare_preferences`.
+    """Read, check, render and tokenise segments (formats: `llmrl.data.segment_formats`).
 
     Raises RefusedError naming source, row, column and remedy.
     """
-    parts = [rows for rows in train_and_heldout(config, say, dataset) if rows is not None]
-    found = [find_format(rows.table.column_names, rows.table[0], rows.where) for rows in parts]
-    if found[-1] is not found[0]:
+    reading = Reading(config, tokenizer, say, COUNTED_SEGMENTS, **options)
+    parts = [rows for rows in (reading.train, reading.heldout) if rows is not None]
+    format, *others = [find_format(rows.table.column_names, rows.table[0], rows.where) for rows in parts]
+    if others and others[0] is not format:
         raise RefusedError(
-            f"{parts[-1].where}: {found[-1].name}, but {parts[0].where} has {found[0].name}; give both in one format"
+            f"{parts[-1].where}: {others[0].name}, but {parts[0].where} has {format.name}; give both in one format"
         )
-    encoder = Encoder(tokenizer, stop_token_ids)
-    counts = Counter(dict.fromkeys(("rows", "train_rows", "heldout_rows", *COUNTED), 0))
-    prepared, fingerprints = [], []
-    for rows, name in zip(parts, ("train_rows", "heldout_rows"), strict=False):
-        preparation = _Preparation(config, encoder, found[0], rows.where, faulty_rows == "drop", counts)
-        part = mapped(
-            preparation.sound(rows),
-            preparation.batch,
-            ID_COLUMNS,
-            {"values": List(Value("float64"))},
-            preparation.fingerprint,
-        )
-        counts.update({"rows": len(rows), name: len(part)})
-        if name == "train_rows":
-            last_ids = segments_of(part[0])[0][-1].token_ids if len(part) else None
-            check_training(rows, last_ids, preparation.sure_to_stop, encoder, counts, _changes(counts))
-            if preparation.plain and tokenizer.chat_template:
-                say(f"data: {preparation.plain} rows are text and no messages: taken as it stands, without a template")
-        prepared.append(part)
-        fingerprints.append(preparation.fingerprint)
-    _report(counts, found[0], say)
-    _report_shared_starts(prepared, say)
-    heldout = prepared[1] if len(prepared) > 1 and len(prepared[1]) else None
-    return SegmentData(prepared[0], heldout, found[0], dict(counts), combined(fingerprints))
+    train, heldout = reading.prepared(lambda rows: _Rows(reading, rows, format))
+    reading.report(f"rows of {format.name} kept")
+    _report_shared_starts(train, heldout, say)
+    return SegmentData(train, heldout, dict(reading.counts), reading.fingerprint, format)
 
 
-class _Preparation:
-    """The rows of one source on their way to token ids. `plain`: rows of text; `sure_to_stop`: kept segments that hold
-    their stop token, or are not meant to."""
+class _Rows(Part[Comparable, list[list[Encoded] | RowFault]]):
+    """Rows of segments, the tokens of each: of the policy's turns in each segment."""
 
-    def __init__(
-        self, keys: SegmentKeys, encoder: Encoder, format: Format, where: str, drops_faulty: bool, counts: Counter[str]
-    ) -> None:
-        self.keys, self.encoder, self.format, self.where = keys, encoder, format, where
-        self.drops_faulty, self.counts, self.fingerprint = drops_faulty, counts, Fingerprint()
-        self.plain, self.sure_to_stop = 0, 0
+    noun = "rows"
+    id_columns = ID_COLUMNS
+    others = VALUES
 
-    def sound(self, rows: Rows) -> Rows:
-        """The rows that can be compared, read before any is tokenised; others are refused together, or dropped."""
-        kept = sound(rows.columns(self.format.columns), self._check, drop=self.drops_faulty)
-        self.counts["dropped_faulty"] += len(rows) - len(kept)
-        return kept
+    def __init__(self, reading: Reading, rows: Rows, format: Format) -> None:
+        super().__init__(reading, rows)
+        self.format = format
 
-    def _check(self, row: dict[str, Any]) -> None:
-        conversational = [segment.conversational for segment in self.format.read(row).segments]
-        if any(conversational):
-            check_chat_template(self.encoder.tokenizer, self.where)
-        self.plain += not any(conversational)
+    def columns(self) -> Sequence[str]:
+        return self.format.columns
 
-    def batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
-        """Token ids of the rows that are kept."""
-        read = [self.format.read(row) for row in rows]
-        taken = iter(_encoded([segment for row in read for segment in row.segments], self.encoder))
-        kept = []
-        for row, number in zip(read, numbers, strict=True):
-            turns = [next(taken) for _ in row.segments]
-            if (found := self._kept(row, turns, number)) is not None:
-                kept.append(found)
+    def read(self, row: dict[str, Any]) -> Comparable:
+        return self.format.read(row)
+
+    def tokens(self, rows: list[Comparable]) -> list[list[list[Encoded] | RowFault]]:
+        taken = iter(_encoded([segment for row in rows for segment in row.segments], self.encoder))
+        return [[next(taken) for _ in row.segments] for row in rows]
+
+    def fitted(self, read: Comparable, tokens: list[list[Encoded] | RowFault]) -> dict[str, Any]:
+        turns = [_sound_turns(segment, found) for segment, found in zip(read.segments, tokens, strict=True)]
+        fitted = self._fitted(read, [_chained(found) for found in turns])
+        self._count(read, turns, fitted)
+        return _as_columns(fitted) | {"values": list(read.values)}
+
+    def answer_ids(self, row: dict[str, Any]) -> list[int]:
+        return segments_of(row)[0][-1].token_ids
+
+    def prompt_column(self, read: Comparable) -> str:
+        return read.segments[0].places[0]
+
+    def note(self, kept: list[dict[str, Any]]) -> None:
         values = [np.asarray(row["values"], "<f4").view("<i4").tolist() for row in kept]
         self.fingerprint.update("values", values)
-        return kept
-
-    def _kept(self, row: Comparable, turns: list[list[Encoded] | RowFault], number: int) -> dict[str, Any] | None:
-        """The row as it is trained on, or None if it is dropped."""
-        try:
-            encoded = [_sound_turns(segment, found) for segment, found in zip(row.segments, turns, strict=True)]
-            fitted = self._fitted(row, [_chained(found) for found in encoded])
-        except RowFault as fault:
-            if not self.drops_faulty:
-                raise refusal(self.where, {number: fault}) from None
-            self.counts["dropped_faulty"] += 1
-            return None
-        except OverlongError as overlong:
-            column = row.segments[0].places[0]
-            self.counts[overlong.dropped(self.keys, f"{self.where}, row {number}", column)] += 1
-            return None
-        self._count(row, encoded, fitted)
-        return _as_columns(fitted) | {"values": list(row.values), "row": number}
 
     def _fitted(self, row: Comparable, segments: list[list[Piece]]) -> list[list[Piece]]:
         """Each piece cut to max_length; pieces that follow the same prompt keep the same of it."""
@@ -220,47 +167,40 @@ class _Preparation:
             self.counts["without_stop_token"] += segment.ends and not turns[-1].ends
             last = turns[-1].completion_ids
             whole = pieces[-1].token_ids[-len(last) :] == last
-            self.sure_to_stop += not segment.ends or (turns[-1].ends and whole)
+            self.ended += not segment.ends or (turns[-1].ends and whole)
 
 
 def _encoded(segments: Sequence[Segment], encoder: Encoder) -> list[list[Encoded] | RowFault]:
     """The policy's turns of each segment, each behind its own prompt."""
-    encoded: list[list[Encoded] | RowFault] = [[] for _ in segments]
-    plain = [i for i, segment in enumerate(segments) if not segment.conversational]
-    texts = [(segments[i].prompt, (segments[i].completion,)) for i in plain]
-    for i, turn in zip(plain, encoder.plain(*_columns(texts)), strict=True):
-        encoded[i] = turn
-    owners, requests = [], []
-    for i, segment in enumerate(segments):
-        if segment.conversational:
-            said: Any = segment.completion
-            own = [k for k, message in enumerate(said) if message["role"] == "assistant"]
-            requests += [([*segment.prompt, *said[:k]], [[said[k]]], segment.extras) for k in own]
-            owners += [i] * len(own)
-    prompts, answers, extras = _columns(requests, 3)
-    for i, found in zip(owners, encoder.rendered(prompts, answers, extras), strict=True):
-        known = encoded[i]
-        if not isinstance(known, RowFault):
-            encoded[i] = found if isinstance(found, RowFault) else [*known, *found]
-    return encoded
+    requests = [_requests(segment) for segment in segments]
+    answers = iter(encoded([request for own in requests for request in own], encoder))
+    return [_turns([next(answers) for _ in own]) for own in requests]
 
 
-def _columns(rows: Sequence[tuple[Any, ...]], width: int = 2) -> list[list[Any]]:
-    return [[row[k] for row in rows] for k in range(width)]
+def _requests(segment: Segment) -> list[Request]:
+    said: Any = segment.completion
+    if not segment.conversational:
+        return [Request(segment.prompt, [said], segment.extras)]
+    own = [k for k, message in enumerate(said) if message["role"] == "assistant"]
+    return [Request([*segment.prompt, *said[:k]], [[said[k]]], segment.extras) for k in own]
+
+
+def _turns(answers: list[list[Encoded] | RowFault]) -> list[Encoded] | RowFault:
+    """The only answer to each of a segment's requests, or the first fault."""
+    turns: list[Encoded] = []
+    for answer in answers:
+        if isinstance(answer, RowFault):
+            return answer
+        turns += answer
+    return turns
 
 
 def _sound_turns(segment: Segment, turns: list[Encoded] | RowFault) -> list[Encoded]:
     """The turns, the last without its stop token where the segment goes on; raises RowFault."""
     if isinstance(turns, RowFault):
         raise RowFault(segment.places[0], str(turns).removeprefix("column `prompt`: "))
-    if not turns[0].prompt_ids:
-        raise RowFault(
-            segment.places[0],
-            "empty, and the tokenizer puts no token before an answer, so that its first token has nothing to be "
-            "predicted from; give a prompt",
-        )
-    if any(len(turn.completion_ids) <= turn.ends for turn in turns):
-        raise RowFault(segment.places[1], "an empty completion once it is tokenised; mend or remove the row")
+    for turn in turns:
+        check_not_empty(turn, *segment.places)
     last = turns[-1]
     if not segment.ends and last.ends:
         turns = [*turns[:-1], replace(last, completion_ids=last.completion_ids[:-1], ends=False)]
@@ -306,27 +246,14 @@ def _as_columns(segments: list[list[Piece]]) -> dict[str, list[int]]:
     }
 
 
-def _changes(counts: Counter[str]) -> str:
-    return "; ".join(f"{counts[name]} {text}" for name, text in COUNTED.items() if counts[name])
-
-
-def _report(counts: Counter[str], format: Format, say: Say) -> None:
-    kept = counts["train_rows"] + counts["heldout_rows"]
-    heldout = f" and {counts['heldout_rows']} held out" if counts["heldout_rows"] else ""
-    say(
-        f"data: {kept} of {counts['rows']} rows of {format.name} kept, {counts['train_rows']} to train on{heldout}: "
-        + (_changes(counts) or "none dropped, none cut")
-    )
-
-
-def _report_shared_starts(prepared: list[Dataset], say: Say) -> None:
+def _report_shared_starts(train: Dataset, heldout: Dataset | None, say: Say) -> None:
     """Held-out segments whose start is trained on measure less than they seem to: said, for it may be meant."""
-    if len(prepared) < 2:
+    if heldout is None:
         return
-    trained, heldout = ([_starts(row) for row in part.select_columns([*ID_COLUMNS])] for part in prepared)
+    trained, asked = ([_starts(row) for row in part.select_columns([*ID_COLUMNS])] for part in (train, heldout))
     known = {start for starts in trained for start in starts}
-    if shared := sum(any(start in known for start in starts) for starts in heldout):
-        say(f"data: segments of {shared} of {len(heldout)} held-out rows start where some that are trained on do")
+    if shared := sum(any(start in known for start in starts) for starts in asked):
+        say(f"data: segments of {shared} of {len(asked)} held-out rows start where some that are trained on do")
 
 
 def _starts(row: dict[str, Any]) -> list[int]:

@@ -219,18 +219,9 @@ def _data(
     config: CPLConfig, say: Callable[[str], None], dataset: Any = None
 ) -> "tuple[PreTrainedTokenizerBase, ComparisonData]":
     from llmrl.data.comparisons import prepare_comparisons
-    from llmrl.trainers.offline.run import tokenizer_of
+    from llmrl.trainers.offline.run import prepared
 
-    tokenizer, stops = tokenizer_of(config)
-    return tokenizer, prepare_comparisons(
-        config,
-        tokenizer,
-        config.comparisons,
-        say,
-        dataset=dataset,
-        stop_token_ids=stops,
-        faulty_rows=config.faulty_rows,
-    )
+    return prepared(config, prepare_comparisons, say, dataset, mode=config.comparisons)
 
 
 def _objective(config: CPLConfig, data: "ComparisonData") -> "CPL":

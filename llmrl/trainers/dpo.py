@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.trainers.offline.config import PairKeys, describe_groups
+from llmrl.trainers.offline.config import OfflineKeys, PairKeys, describe_groups
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmrl.runs import Run
 
 
-class DPOConfig(PairKeys):
+class DPOConfig(PairKeys, OfflineKeys):
     """DPO: what is optimized."""
 
     method: Literal["dpo"] = "dpo"
@@ -58,19 +58,21 @@ def describe(config: DPOConfig, world_size: int) -> dict[str, str | int | float]
 
 def check(config: DPOConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
-    from llmrl.trainers.offline.run import check_offline, preference_data
+    from llmrl.data.preferences import prepare_preferences
+    from llmrl.trainers.offline.run import check_offline, prepared
 
-    return check_offline(config, partial(preference_data, config), config.pairs_per_step)
+    return check_offline(config, partial(prepared, config, prepare_preferences), config.pairs_per_step)
 
 
 def train(config: DPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
+    from llmrl.data.preferences import prepare_preferences
     from llmrl.evaluation.implicit import learner_drift, without_drift
     from llmrl.evaluation.preferences import preference_metrics
     from llmrl.objectives.dpo import DPO
-    from llmrl.trainers.offline.run import OfflineRun, pair, preference_data
+    from llmrl.trainers.offline.run import OfflineRun, pair, prepared
 
-    tokenizer, data = preference_data(config, run.note, dataset)
+    tokenizer, data = prepared(config, prepare_preferences, run.note, dataset)
     objective = DPO(config.beta, config.loss_type, config.label_smoothing, config.rpo_alpha).objective()
     offline = OfflineRun(config, run, tokenizer, data, config.pairs_per_step, callbacks=callbacks)
 

@@ -3,31 +3,29 @@
 This file is the configuration and what goes in and out; the optimization itself is TRL's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.config import DataKeys, Housekeeping, ModelKeys, OptimizationKeys, RunKeys
+from llmrl.config import Housekeeping, OptimizationKeys, RunKeys
+from llmrl.trainers.offline.config import PairKeys
 from llmrl.trainers.with_trl.supervised import step_parts
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import TrainerCallback
 
-    from llmrl.data.preferences import PreferenceData
     from llmrl.runs import Run
 
 
-class RewardConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
+class RewardConfig(PairKeys, OptimizationKeys, RunKeys):
     """Reward model: what is learned from."""
 
     method: Literal["reward"] = "reward"
     """The method that this file configures."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate of AdamW. About 1e-5 for all weights, 1e-4 for a LoRA adapter."""
-    pairs_per_step: Annotated[int, Field(ge=1)] = 16
-    """Pairs in one optimizer step, over all processes together."""
     center_rewards_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the squared sum of a pair's rewards, which keeps them around zero (arXiv 2312.09244 uses 0.01)."""
     merge_adapter: Annotated[bool, Housekeeping()] = False
@@ -62,10 +60,12 @@ def describe(config: RewardConfig, world_size: int) -> dict[str, str | int | flo
 
 def check(config: RewardConfig) -> list[str]:
     """Every mistake that can be found without training; returns lines to print, raises RefusedError."""
+    from llmrl.data.preferences import prepare_preferences
     from llmrl.trainers import checks
+    from llmrl.trainers.offline.run import prepared
 
     said: list[str] = []
-    _, data = _data(config, said.append)
+    _, data = prepared(config, prepare_preferences, said.append)
     said.append(f"{len(data.train)} pairs to train on, {len(data.heldout or [])} held out")
     return said + checks.fits(config, config, config)
 
@@ -77,15 +77,17 @@ def train(
     from transformers import set_seed
 
     from llmrl import models
+    from llmrl.data.preferences import prepare_preferences
     from llmrl.evaluation.reward_models import pair_metrics
     from llmrl.learner.loading import precision
     from llmrl.rewards.model import load_reward_model, separate_padding
     from llmrl.runs import ranks
+    from llmrl.trainers.offline.run import prepared
     from llmrl.trainers.with_trl import bridge as trl_bridge
     from llmrl.trainers.with_trl.session import Metrics, check_export, export, fit, scratch_of
 
     trl_bridge.quieten()
-    tokenizer, data = _data(config, run.note, dataset)
+    tokenizer, data = prepared(config, prepare_preferences, run.note, dataset)
     separate_padding(tokenizer, run.note)
     dtype, mixed_precision = precision(config, config.mixed_precision, run.note)
     set_seed(config.seed)
@@ -113,20 +115,6 @@ def train(
 def _parts(config: RewardConfig, world_size: int) -> tuple[int, int]:
     pairs_that_fit = config.tokens_per_microbatch // (2 * config.max_length)
     return step_parts("pairs_per_step", config.pairs_per_step, world_size, pairs_that_fit)
-
-
-def _data(
-    config: RewardConfig, say: Callable[[str], None], dataset: Any = None
-) -> "tuple[PreTrainedTokenizerBase, PreferenceData]":
-    from llmrl import models
-    from llmrl.data.preferences import prepare_preferences
-    from llmrl.data.tokenization import check_vocabulary
-    from llmrl.learner.loading import load_config, load_tokenizer, stop_token_ids
-
-    path = models.resolve(config.model_name_or_path, say)
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, load_config(path))
-    return tokenizer, prepare_preferences(config, tokenizer, say, dataset=dataset, stop_token_ids=stop_token_ids(path))
 
 
 def _whole_sequences(pairs: "Dataset") -> "Dataset":

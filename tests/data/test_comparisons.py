@@ -17,7 +17,7 @@ OTHERS = {"prompt": "3+3=", "completions": [" 7", " 6", " 8"], "rewards": [-4.0,
 def compared(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], mode: Mode, **options: Any) -> Any:
     dataset = Dataset.from_list(rows)
     say = options.pop("say", lambda text: None)
-    return prepare_comparisons(keys(), tokenizer, mode, say, dataset=dataset, **options)
+    return prepare_comparisons(keys(), tokenizer, say, mode=mode, dataset=dataset, **options)
 
 
 def texts(tokenizer: PreTrainedTokenizerFast, data: ComparisonData) -> list[tuple[list[str], list[float]]]:

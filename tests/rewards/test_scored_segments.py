@@ -31,7 +31,7 @@ def test_rollouts_are_compared_by_reward_and_only_their_turns_are_scored() -> No
     assert row is not None
     assert row["level"] == 3
     tokenizer = word_tokenizer()
-    data = prepare_comparisons(keys(), tokenizer, "dense", lambda text: None, dataset=Dataset.from_list([row]))
+    data = prepare_comparisons(keys(), tokenizer, lambda text: None, mode="dense", dataset=Dataset.from_list([row]))
     (found,) = data.train
     assert found["values"] == [1.0, -0.25]
     own = [

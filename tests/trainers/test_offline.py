@@ -12,6 +12,7 @@ from support.recipe_run import write_config
 
 import llmrl.runs.report
 from llmrl.config.parse import parse
+from llmrl.data.preferences import prepare_preferences
 from llmrl.errors import RefusedError
 from llmrl.learner.sequences import Floats, Group
 from llmrl.objectives.dpo import DPO
@@ -19,7 +20,7 @@ from llmrl.runs import Run
 from llmrl.runs.launch import run_command
 from llmrl.trainers import dpo
 from llmrl.trainers.offline.config import describe_groups
-from llmrl.trainers.offline.run import OfflineRun, num_steps, pair, preference_data
+from llmrl.trainers.offline.run import OfflineRun, num_steps, pair, prepared
 
 
 def config_of(tmp: Path, **settings: Any) -> dpo.DPOConfig:
@@ -28,7 +29,7 @@ def config_of(tmp: Path, **settings: Any) -> dpo.DPOConfig:
 
 def opened(config: dpo.DPOConfig) -> OfflineRun:
     run = Run.open(config)
-    tokenizer, data = preference_data(config, run.note)
+    tokenizer, data = prepared(config, prepare_preferences, run.note)
     return OfflineRun(config, run, tokenizer, data, config.pairs_per_step)
 
 

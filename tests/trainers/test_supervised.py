@@ -1,9 +1,13 @@
 """Batch arithmetic and configuration of the recipes that TRL's trainers train."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from support.recipe_run import make_model, make_pairs
 
 from llmrl.errors import RefusedError
 from llmrl.trainers import reward, sft
@@ -33,6 +37,17 @@ def test_descriptions_carry_the_arithmetic():
     assert described["optimizer steps"] == "5, 160 sequences"
     pairs = reward.RewardConfig(**BASE, pairs_per_step=32, max_length=256, tokens_per_microbatch=2048)
     assert reward.describe(pairs, 1)["pairs per step"] == "32 = 1 processes x 8 forward passes x 4 pairs"
+
+
+def test_a_reward_model_refuses_or_drops_faulty_pairs_as_the_methods_of_pairs_do(tmp_path: Path) -> None:
+    file = make_pairs(tmp_path / "pairs.jsonl", 4)
+    file.write_text(file.read_text() + json.dumps({"prompt": "red", "chosen": "", "rejected": " dog"}) + "\n")
+    model = str(make_model(tmp_path / "model"))
+    own = {**BASE, "model_name_or_path": model, "dataset_name": str(file), "eval_rows": 0, "max_steps": 1}
+    with pytest.raises(RefusedError, match=r"pairs\.jsonl, row 5, column `chosen`: an empty completion"):
+        reward.check(reward.RewardConfig(**own))
+    said = reward.check(reward.RewardConfig(**own, faulty_rows="drop"))
+    assert "data: 4 of 5 pairs kept, 4 to train on: 1 rows dropped as faulty" in said
 
 
 @pytest.mark.parametrize(

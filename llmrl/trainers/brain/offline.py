@@ -135,16 +135,7 @@ def _data(
     config: BRAInOfflineConfig, say: Callable[[str], None], dataset: Any = None
 ) -> "tuple[PreTrainedTokenizerBase, ScoredData]":
     from llmrl.data.scored import prepare_scored
-    from llmrl.trainers.offline.run import tokenizer_of
+    from llmrl.trainers.offline.run import prepared
 
-    tokenizer, stops = tokenizer_of(config)
-    return tokenizer, prepare_scored(
-        config,
-        tokenizer,
-        say,
-        dataset=dataset,
-        stop_token_ids=stops,
-        faulty_rows=config.faulty_rows,
-        needs_logprobs=config.proposal == "behaviour",
-        cut_off=config.truncated_samples,
-    )
+    own = {"needs_logprobs": config.proposal == "behaviour", "cut_off": config.truncated_samples}
+    return prepared(config, prepare_scored, say, dataset, **own)

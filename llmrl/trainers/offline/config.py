@@ -8,15 +8,27 @@ from llmrl.config import DataKeys, Housekeeping, ModelKeys, OptimizationKeys, Ru
 from llmrl.errors import RefusedError
 
 
-class OfflineKeys(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
+class FixedDataKeys(ModelKeys, DataKeys):
+    """Rows that are read once, before training: what becomes of those that cannot be trained on."""
+
+    faulty_rows: Literal["error", "drop"] = "error"
+    """What happens to a row that cannot be trained on (an empty answer, two equal ones); dropped ones are counted."""
+
+
+class PairKeys(FixedDataKeys):
+    """Pairs: how many make a step."""
+
+    pairs_per_step: Annotated[int, Field(ge=1)] = 16
+    """Pairs in one optimizer step, over all processes together."""
+
+
+class OfflineKeys(FixedDataKeys, OptimizationKeys, RunKeys):
     """Reference and held-out scores: what the policy is compared with."""
 
     reference: Literal["auto", "adapter_off", "precomputed", "frozen"] = "auto"
     """Where the reference's log-probabilities come from; auto: adapter_off with use_peft, else precomputed at first."""
     form: Literal["auto", "tree", "padded"] = "auto"
     """Forward pass: prefix trees (a shared prompt is computed once) or padded rows; auto: the tree where it works."""
-    faulty_rows: Literal["error", "drop"] = "error"
-    """What happens to a row that cannot be trained on (an empty answer, two equal ones); dropped ones are counted."""
     task_evaluation: Annotated[TaskEvaluationKeys | None, Housekeeping()] = None
     """Greedy accuracy on problems with known answers, beside the held-out scores."""
 
@@ -29,13 +41,6 @@ class OfflineKeys(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
                 "form tree brings its own attention, so attn_implementation must be auto; or use form padded"
             )
         return self
-
-
-class PairKeys(OfflineKeys):
-    """Pairs: how many make a step."""
-
-    pairs_per_step: Annotated[int, Field(ge=1)] = 16
-    """Pairs in one optimizer step, over all processes together."""
 
 
 def describe_groups(

@@ -17,25 +17,25 @@ Invariants
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from llmrl import models
-from llmrl.config import ModelKeys, OptimizationKeys
+from llmrl.config import OptimizationKeys
 from llmrl.data.order import rows_for_step
-from llmrl.data.preferences import PreferenceData, prepare_preferences
 from llmrl.data.tokenization import check_vocabulary
 from llmrl.learner.learner import Learner
 from llmrl.learner.loading import load_config, load_tokenizer, stop_token_ids
 from llmrl.learner.sequences import Floats, Group, completion
 from llmrl.runs import Run
 from llmrl.trainers import checks, setup
-from llmrl.trainers.offline.config import OfflineKeys, PairKeys
+from llmrl.trainers.offline.config import FixedDataKeys, OfflineKeys
 from llmrl.trainers.session import Evaluations, Session
 
 Say = Callable[[str], None]
+DataT = TypeVar("DataT")
 GroupOf = Callable[[dict[str, Any]], Group]
 """A tokenised row -> its group, without the reference's log-probabilities."""
 HeldoutMetrics = Callable[[list[Group], list[list[Floats]]], dict[str, float]]
@@ -203,29 +203,20 @@ def pair(row: dict[str, Any]) -> Group:
     return completion(row["prompt_ids"], row["chosen_ids"]), completion(row["prompt_ids"], row["rejected_ids"])
 
 
-def tokenizer_of(config: ModelKeys) -> tuple[PreTrainedTokenizerBase, frozenset[int]]:
-    """The model's tokenizer, checked against its vocabulary, and the tokens at which its generation stops."""
+def prepared(
+    config: FixedDataKeys, prepare: Callable[..., DataT], say: Say, dataset: Any = None, **own: Any
+) -> tuple[PreTrainedTokenizerBase, DataT]:
+    """The model's tokenizer, checked against its vocabulary, and the configured rows, tokenised.
+
+    prepare: `prepare_preferences` or another of `llmrl.data`, with what it takes of its `own`. dataset: replaces
+    `dataset_name` by a `datasets` object.
+    """
     path = models.resolve(config.model_name_or_path)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, load_config(path))
-    return tokenizer, frozenset(stop_token_ids(path))
-
-
-def preference_data(
-    config: PairKeys, say: Say, dataset: Any = None, *, calibration: bool = False
-) -> tuple[PreTrainedTokenizerBase, PreferenceData]:
-    """The configured pairs, tokenised, with their calibration answers where these are wanted; `dataset` replaces
-    `dataset_name` by a `datasets` object."""
-    tokenizer, stops = tokenizer_of(config)
-    return tokenizer, prepare_preferences(
-        config,
-        tokenizer,
-        say,
-        dataset=dataset,
-        stop_token_ids=stops,
-        faulty_rows=config.faulty_rows,
-        calibration=calibration,
-    )
+    stops, faulty_rows = frozenset(stop_token_ids(path)), config.faulty_rows
+    options = {"dataset": dataset, "stop_token_ids": stops, "faulty_rows": faulty_rows, **own}
+    return tokenizer, prepare(config, tokenizer, say, **options)
 
 
 def check_offline(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import Positive
-from llmrl.trainers.offline.config import PairKeys, describe_groups
+from llmrl.trainers.offline.config import OfflineKeys, PairKeys, describe_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llmrl.trainers.offline.run import OfflineRun
 
 
-class VPOConfig(PairKeys):
+class VPOConfig(PairKeys, OfflineKeys):
     """VPO: what is optimized."""
 
     method: Literal["vpo"] = "vpo"
@@ -96,9 +96,10 @@ def train(config: VPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
 def _data(
     config: VPOConfig, say: Callable[[str], None], dataset: Any = None
 ) -> "tuple[PreTrainedTokenizerBase, PreferenceData]":
-    from llmrl.trainers.offline.run import preference_data
+    from llmrl.data.preferences import prepare_preferences
+    from llmrl.trainers.offline.run import prepared
 
-    return preference_data(config, say, dataset, calibration=config.calibration == "column")
+    return prepared(config, prepare_preferences, say, dataset, calibration=config.calibration == "column")
 
 
 def _group_of(
