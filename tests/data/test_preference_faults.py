@@ -4,8 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.pairs import GOOD, assistant, file_refusal, prepared, refusal, user
+from datasets import Dataset, DatasetDict
+from support.pairs import GOOD, assistant, prepared, user
+from support.refusals import file_refusal, refusal
 from transformers import PreTrainedTokenizerFast
+
+from llmrl.data.preferences import prepare_preferences
+from llmrl.data.tokenization import Encoder
 
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2+2?\n\nAssistant:"
 DIALOGUE = {"prompt": [user("2+2?")], "chosen": [assistant("4")], "rejected": [assistant("5")]}
@@ -29,7 +34,7 @@ def test_a_faulty_row_is_named_by_file_row_and_column(
     plain: PreTrainedTokenizerFast, tmp_path: Path, case: str
 ) -> None:
     row, words = FAULTS[case]
-    message = file_refusal(plain, tmp_path / "named.jsonl", [GOOD] * 5 + [row] + [GOOD] * 2)
+    message = file_refusal(prepare_preferences, plain, tmp_path / "named.jsonl", [GOOD] * 5 + [row] + [GOOD] * 2)
     assert f"named.jsonl, row 6, column {words}" in message
     assert "give a prompt" in message or "mend or remove the row" in message
     data = prepared(plain, [GOOD] * 5 + [row] + [GOOD] * 2, faulty_rows="drop")
@@ -41,12 +46,20 @@ def test_a_faulty_row_is_found_wherever_it_would_have_gone(plain: PreTrainedToke
     rows = [{**GOOD, "prompt": f"{i}+2="} for i in range(40)]
     for index in range(40):
         broken = [*rows[:index], {**rows[index], "chosen": ""}, *rows[index + 1 :]]
-        assert f"row {index + 1}, column `chosen`" in refusal(plain, broken, eval_rows=4)
+        assert f"row {index + 1}, column `chosen`" in refusal(prepared, plain, broken, eval_rows=4)
+
+
+def test_held_out_rows_are_read_before_any_is_tokenised(
+    plain: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = DatasetDict(train=Dataset.from_list([GOOD] * 3), test=Dataset.from_list([GOOD, {**GOOD, "chosen": ""}]))
+    monkeypatch.setattr(Encoder, "plain", None)
+    assert "split test, row 2, column `chosen`" in refusal(prepared, plain, both, eval_rows=2)
 
 
 def test_all_faulty_rows_are_named_at_once(plain: PreTrainedTokenizerFast) -> None:
     bad = {**GOOD, "chosen": ""}
-    assert "row 2" in (message := refusal(plain, [GOOD, bad, GOOD, bad, bad]))
+    assert "row 2" in (message := refusal(prepared, plain, [GOOD, bad, GOOD, bad, bad]))
     assert "2 more rows have faults: 4, 5" in message
 
 
@@ -71,7 +84,7 @@ CHAT_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_faulty_dialogue_is_named(chat: PreTrainedTokenizerFast, tmp_path: Path, case: str) -> None:
     good = DIALOGUE
     changed, words = CHAT_FAULTS[case]
-    message = file_refusal(chat, tmp_path / "named.jsonl", [good, {**good, **changed}])
+    message = file_refusal(prepare_preferences, chat, tmp_path / "named.jsonl", [good, {**good, **changed}])
     assert f"named.jsonl, row 2, column {words}" in message
 
 
@@ -90,48 +103,51 @@ def test_a_missing_column_is_named_with_the_nearest(
     plain: PreTrainedTokenizerFast, tmp_path: Path, columns: tuple[str, ...], words: list[str]
 ) -> None:
     row = dict(zip(columns, ("2+2=", "4", "5"), strict=False))
-    message = file_refusal(plain, tmp_path / "named.jsonl", [row] * 8)
+    message = file_refusal(prepare_preferences, plain, tmp_path / "named.jsonl", [row] * 8)
     assert [word for word in ["named.jsonl", *words] if word not in message] == []
 
 
 def test_a_number_is_not_text(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    message = file_refusal(plain, tmp_path / "named.jsonl", [GOOD] * 2 + [{**GOOD, "chosen": 7}] + [GOOD])
+    message = file_refusal(
+        prepare_preferences, plain, tmp_path / "named.jsonl", [GOOD] * 2 + [{**GOOD, "chosen": 7}] + [GOOD]
+    )
     assert [word for word in ("named.jsonl", "row 3", "`chosen`", "number") if word not in message] == []
-    message = file_refusal(plain, tmp_path / "named.jsonl", [{**GOOD, "chosen": 7}] * 2)
+    message = file_refusal(prepare_preferences, plain, tmp_path / "named.jsonl", [{**GOOD, "chosen": 7}] * 2)
     assert "row 1, column `chosen`: the number 7" in message
 
 
 def test_answers_without_a_prompt_in_common_are_refused(plain: PreTrainedTokenizerFast) -> None:
-    message = refusal(plain, [{"chosen": "Yes, of course", "rejected": "No"}])
+    message = refusal(prepared, plain, [{"chosen": "Yes, of course", "rejected": "No"}])
     assert "row 1" in message
     assert "add a column `prompt`" in message
 
 
 def test_dialogues_that_part_before_the_last_question_are_refused(plain: PreTrainedTokenizerFast) -> None:
     rest = "\n\nHuman: And 3+3?\n\nAssistant: 6"
-    message = refusal(plain, [{"chosen": HH + " 4" + rest, "rejected": HH + " 5" + rest}])
+    message = refusal(prepared, plain, [{"chosen": HH + " 4" + rest, "rejected": HH + " 5" + rest}])
     assert "row 1, column `chosen`" in message
     assert "Human" in message
 
 
 def test_tools_beside_plain_text_are_refused(plain: PreTrainedTokenizerFast) -> None:
-    assert "row 1, column `tools`: needs the conversational format" in refusal(plain, [{**GOOD, "tools": '[{"a": 1}]'}])
+    message = refusal(prepared, plain, [{**GOOD, "tools": '[{"a": 1}]'}])
+    assert "row 1, column `tools`: needs the conversational format" in message
     assert len(prepared(plain, [{**GOOD, "tools": "[]"}]).train) == 1
 
 
 def test_pictures_are_refused(chat: PreTrainedTokenizerFast) -> None:
-    assert "`images`" in refusal(chat, [{**DIALOGUE, "images": [""]}])
+    assert "`images`" in refusal(prepared, chat, [{**DIALOGUE, "images": [""]}])
 
 
 def test_dialogues_need_a_chat_template(plain: PreTrainedTokenizerFast) -> None:
-    message = refusal(plain, [DIALOGUE])
+    message = refusal(prepared, plain, [DIALOGUE])
     assert "no chat template" in message
     assert "tokenizer_config.json" in message
 
 
 def test_answers_that_become_equal_by_cutting_are_refused_with_the_remedy(plain: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "2+2=", "chosen": " 4" * 30, "rejected": " 4" * 29 + " 5"}
-    message = refusal(plain, [GOOD, row], max_length=20)
+    message = refusal(prepared, plain, [GOOD, row], max_length=20)
     assert "row 2" in message
     assert "cut to max_length" in message
 
@@ -143,7 +159,7 @@ def test_a_template_that_never_writes_the_stop_token_is_refused(tokenizers: dict
         tokenizer_object=chat.backend_tokenizer, eos_token="</s>", chat_template=chat.chat_template
     )
     row = DIALOGUE
-    message = refusal(wrong, [row] * 3)
+    message = refusal(prepared, wrong, [row] * 3)
     assert "stop token (</s>)" in message
     assert "<|im_end|>" in message
     data = prepared(wrong, [row] * 3, stop_token_ids=[wrong.convert_tokens_to_ids("<|im_end|>")])
@@ -152,7 +168,7 @@ def test_a_template_that_never_writes_the_stop_token_is_refused(tokenizers: dict
 
 def test_a_limit_that_cuts_every_end_off_is_refused(plain: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "2+2=", "chosen": " 4 4 4 4 4 4", "rejected": " 5 5 5 5 5 5"}
-    assert "would not learn to stop" in refusal(plain, [row] * 3, max_length=8)
+    assert "would not learn to stop" in refusal(prepared, plain, [row] * 3, max_length=8)
 
 
 def test_some_answers_without_an_end_are_counted(plain: PreTrainedTokenizerFast) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
-from support.pairs import GOOD, assistant, keys, prepared, refusal, user
+from support.pairs import GOOD, assistant, keys, prepared, user
+from support.refusals import refusal
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.data.preferences import COUNTED, PreferenceData, prepare_preferences
+from llmrl.data.preferences import PreferenceData, prepare_preferences
+from llmrl.data.preparing import COUNTED
 from llmrl.data.sources import load_rows
 from llmrl.errors import RefusedError
 
@@ -177,7 +179,7 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(plain: PreTrainedTokenizer
 
 
 def test_rows_that_do_not_fit_are_refused(plain: PreTrainedTokenizerFast) -> None:
-    message = refusal(plain, [GOOD, LONG, GOOD], max_length=20, truncation_mode="error")
+    message = refusal(prepared, plain, [GOOD, LONG, GOOD], max_length=20, truncation_mode="error")
     assert "row 2" in message
     assert "max_length 20" in message
 
@@ -185,7 +187,7 @@ def test_rows_that_do_not_fit_are_refused(plain: PreTrainedTokenizerFast) -> Non
 @pytest.mark.parametrize("mode", ["keep_start", "drop", "error"])
 def test_a_prompt_longer_than_the_limit_is_refused_or_dropped(plain: PreTrainedTokenizerFast, mode: str) -> None:
     rows = [GOOD, {**GOOD, "prompt": "2+" * 40}, GOOD]
-    message = refusal(plain, rows, max_length=20, truncation_mode=mode)
+    message = refusal(prepared, plain, rows, max_length=20, truncation_mode=mode)
     assert "row 2, column `prompt`" in message
     assert "max_length 20" in message
     data = prepared(plain, rows, max_length=20, truncation_mode=mode, overlong_prompts="drop")
@@ -197,12 +199,12 @@ def test_the_limit_is_exact(plain: PreTrainedTokenizerFast) -> None:
     """A prompt may leave room for one token of each completion, and not for none."""
     short, row = {"prompt": "2", "chosen": "4", "rejected": "5"}, {"prompt": "2+2=", "chosen": "4 4", "rejected": "5 5"}
     length = len(prepared(plain, [row]).train[0]["prompt_ids"])
-    assert "row 2, column `prompt`" in refusal(plain, [short, row], max_length=length)
+    assert "row 2, column `prompt`" in refusal(prepared, plain, [short, row], max_length=length)
     assert lengths(prepared(plain, [short, row], max_length=length + 1))[1] == (length, 1, 1)
 
 
 def test_no_row_left_is_refused(plain: PreTrainedTokenizerFast) -> None:
-    message = refusal(plain, [LONG] * 3, max_length=20, truncation_mode="drop")
+    message = refusal(prepared, plain, [LONG] * 3, max_length=20, truncation_mode="drop")
     assert "empty" in message
     assert "3 rows dropped" in message
 
@@ -405,5 +407,5 @@ def test_calibration_answers_follow_the_prompt_like_the_pair(
 def test_calibration_answers_that_cannot_be_used_are_refused(
     chat: PreTrainedTokenizerFast, rows: list[dict[str, Any]], words: list[str]
 ) -> None:
-    message = refusal(chat, rows, calibration=True)
+    message = refusal(prepared, chat, rows, calibration=True)
     assert all(word in message for word in words), message

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from support.refusals import refusal
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.problems import prepare_problems
-from llmrl.errors import RefusedError
 
 BUNDLED = Path(__file__).parents[2] / "data/arithmetic/problems"
 
@@ -24,12 +24,6 @@ def keys(**changed: Any) -> SimpleNamespace:
 
 def prepared(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **changed: Any) -> Dataset:
     return prepare_problems(keys(**changed), tokenizer, lambda text: None, dataset=Dataset.from_list(rows))
-
-
-def refusal(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **changed: Any) -> str:
-    with pytest.raises(RefusedError) as refused:
-        prepared(tokenizer, rows, **changed)
-    return str(refused.value)
 
 
 def test_the_bundled_problems_are_asked_with_the_generation_prompt(chat: PreTrainedTokenizerFast) -> None:
@@ -77,7 +71,7 @@ def test_a_dialogue_is_shown_by_its_last_message(chat: PreTrainedTokenizerFast) 
 )
 def test_a_faulty_problem_is_named(chat: PreTrainedTokenizerFast, changed: dict[str, Any], words: str) -> None:
     good = {"prompt": "2+2?", "answer": "4"}
-    assert words in refusal(chat, [good, {**good, **changed}, good])
+    assert words in refusal(prepared, chat, [good, {**good, **changed}, good])
 
 
 def test_a_number_is_written_out_in_digits(chat: PreTrainedTokenizerFast) -> None:
@@ -86,16 +80,16 @@ def test_a_number_is_written_out_in_digits(chat: PreTrainedTokenizerFast) -> Non
 
 
 def test_a_missing_column_is_named_with_the_nearest(chat: PreTrainedTokenizerFast) -> None:
-    message = refusal(chat, [{"prompt": "2+2?", "anwser": "4"}])
+    message = refusal(prepared, chat, [{"prompt": "2+2?", "anwser": "4"}])
     assert "no column `answer`" in message
     assert "did you mean `anwser`?" in message
 
 
 def test_a_missing_split_names_the_key(chat: PreTrainedTokenizerFast) -> None:
-    message = refusal(chat, [{"prompt": "2+2?", "answer": "4"}], dataset_test_split="test")
+    message = refusal(prepared, chat, [{"prompt": "2+2?", "answer": "4"}], dataset_test_split="test")
     assert "task_evaluation.dataset_test_split" in message
 
 
 def test_dialogues_need_a_chat_template(plain: PreTrainedTokenizerFast) -> None:
     row = {"prompt": [{"role": "user", "content": "2+2?"}], "answer": "4"}
-    assert "no chat template" in refusal(plain, [row])
+    assert "no chat template" in refusal(prepared, plain, [row])

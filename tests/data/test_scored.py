@@ -1,6 +1,5 @@
 """Scored samples: tokenised with the care of preference pairs, refused by file, row and column, converted to others."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from support.pairs import assistant, keys, user
+from support.refusals import file_refusal, refusal
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.scored import ScoredData, prepare_scored
 from llmrl.data.scored_rows import best_and_worst, best_of_n, right_and_wrong
-from llmrl.errors import RefusedError
 
 GOOD: dict[str, Any] = {"prompt": "2+2=", "completions": [" 4", " 5", " 4"], "rewards": [1, 0, 1]}
 CHAT: dict[str, Any] = {
@@ -27,12 +26,6 @@ def prepared(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **c
     options = {name: changed.pop(name) for name in OPTIONS if name in changed}
     say = options.pop("say", lambda text: None)
     return prepare_scored(keys(**changed), tokenizer, say, dataset=Dataset.from_list(rows), **options)
-
-
-def refusal(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], **changed: Any) -> str:
-    with pytest.raises(RefusedError) as refused:
-        prepared(tokenizer, rows, **changed)
-    return str(refused.value)
 
 
 def texts(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> list[str]:
@@ -110,7 +103,9 @@ def test_what_max_length_cuts_loses_its_end_and_its_logprobs(plain: PreTrainedTo
     row = prepared(plain, [none, {**long, "logprobs": logprobs}], max_length=20).train[1]
     assert len(row["prompt_ids"]) + len(row["completion_ids"][0]) == 20
     assert len(row["logprobs"][0]) == len(row["completion_ids"][0])
-    assert "truncation_mode: drop" in refusal(plain, [none, {**long, "logprobs": [-9.0, -1.0, -1.0]}], max_length=20)
+    assert "truncation_mode: drop" in refusal(
+        prepared, plain, [none, {**long, "logprobs": [-9.0, -1.0, -1.0]}], max_length=20
+    )
     data = prepared(plain, [GOOD, long], max_length=20, truncation_mode="drop")
     assert data.counts["dropped_overlong_completions"] == 1
 
@@ -127,11 +122,11 @@ def test_what_was_cut_off_is_left_out_where_that_is_wanted(plain: PreTrainedToke
         data = prepared(plain, [row], cut_off="leave_out", max_length=20)
         assert [len(part) for part in data.train["completion_ids"]] == [2]
         assert (data.counts["samples"], data.counts["left_out"], data.counts["cut_off_samples"]) == (2, 1, 0)
-    message = refusal(plain, [{**GOOD, "ended": [True, False, False]}], cut_off="leave_out")
+    message = refusal(prepared, plain, [{**GOOD, "ended": [True, False, False]}], cut_off="leave_out")
     assert "1 of 3 completions have a reward and ended by themselves" in message
     long = {**GOOD, "completions": [" 4", " 5" * 30, " 6" * 30]}
     assert prepared(plain, [GOOD, long], cut_off="leave_out", max_length=20, truncation_mode="drop").train["row"] == [1]
-    assert "row 2" in (message := refusal(plain, [GOOD, long], cut_off="leave_out", max_length=20))
+    assert "row 2" in (message := refusal(prepared, plain, [GOOD, long], cut_off="leave_out", max_length=20))
     assert "only 1 samples fit into max_length 20; raise max_length" in message
 
 
@@ -170,10 +165,7 @@ def test_a_faulty_row_is_named_with_the_remedy(plain: PreTrainedTokenizerFast, t
     changed, words = FAULTS[case]
     beside = {name: None for name in changed if name not in GOOD}
     file = tmp_path / "named.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in [{**GOOD, **beside}] * 3 + [{**GOOD, **changed}]))
-    with pytest.raises(RefusedError) as refused:
-        prepare_scored(keys(dataset_name=str(file)), plain, lambda text: None)
-    message = str(refused.value)
+    message = file_refusal(prepare_scored, plain, file, [{**GOOD, **beside}] * 3 + [{**GOOD, **changed}])
     assert f"named.jsonl, row 4, column {words}" in message
     assert any(remedy in message for remedy in ("remove the row", "give "))
     data = prepare_scored(keys(dataset_name=str(file)), plain, lambda text: None, faulty_rows="drop")
@@ -181,9 +173,9 @@ def test_a_faulty_row_is_named_with_the_remedy(plain: PreTrainedTokenizerFast, t
 
 
 def test_missing_logprobs_are_refused_where_they_are_needed(plain: PreTrainedTokenizerFast) -> None:
-    assert "no column `logprobs`" in refusal(plain, [GOOD], needs_logprobs=True)
+    assert "no column `logprobs`" in refusal(prepared, plain, [GOOD], needs_logprobs=True)
     rows = [{**GOOD, "logprobs": [-1.0] * 3}, {**GOOD, "logprobs": None}]
-    message = refusal(plain, rows, needs_logprobs=True)
+    message = refusal(prepared, plain, rows, needs_logprobs=True)
     assert "row 2, column `logprobs`: null" in message
     assert "all samples are the initial model's" in message
 
@@ -199,26 +191,27 @@ def test_missing_logprobs_are_refused_where_they_are_needed(plain: PreTrainedTok
 def test_a_missing_column_is_named_with_the_nearest(
     plain: PreTrainedTokenizerFast, columns: tuple[str, ...], words: list[str]
 ) -> None:
-    message = refusal(plain, [dict(zip(columns, GOOD.values(), strict=True))])
+    message = refusal(prepared, plain, [dict(zip(columns, GOOD.values(), strict=True))])
     assert [word for word in words if word not in message] == []
 
 
 def test_ids_of_another_tokenizer_are_refused(plain: PreTrainedTokenizerFast) -> None:
     end = plain.eos_token_id
     row = {**GOOD, "completion_ids": [[40, end], [41, end], [42, end]]}
-    assert "another tokenizer's than the model's" in refusal(plain, [row])
+    assert "another tokenizer's than the model's" in refusal(prepared, plain, [row])
 
 
 def test_samples_that_never_ended_are_refused(plain: PreTrainedTokenizerFast) -> None:
-    assert "no sample has a stop token" in refusal(plain, [{**GOOD, "ended": [False] * 3}])
+    assert "no sample has a stop token" in refusal(prepared, plain, [{**GOOD, "ended": [False] * 3}])
 
 
 def test_dialogues_need_a_chat_template_and_one_message(
     plain: PreTrainedTokenizerFast, chat: PreTrainedTokenizerFast
 ) -> None:
-    assert "no chat template" in refusal(plain, [CHAT])
+    assert "no chat template" in refusal(prepared, plain, [CHAT])
     two = {**CHAT, "completions": [[assistant("4")], [assistant("5"), user("No")]]}
-    assert "row 1, column `completions`: the messages of completion 2 are: assistant, user" in refusal(chat, [two])
+    message = refusal(prepared, chat, [two])
+    assert "row 1, column `completions`: the messages of completion 2 are: assistant, user" in message
 
 
 # -- converters --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 from support.pairs import GOOD, assistant, keys, prepared, user
+from support.refusals import file_refusal
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.segment_formats import COMPARED_SEGMENTS, PAIRS, SCORED_SEGMENTS
@@ -190,29 +191,29 @@ def test_a_turn_that_is_cut_off_takes_the_context_before_it_along(chat: PreTrain
 
 def test_long_rows_are_dropped_or_refused_as_the_keys_say(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     assert segments(plain, [TEXT, LONG], max_length=20, truncation_mode="drop").train["row"] == [1]
-    message = file_refusal(plain, tmp_path, [TEXT, LONG], max_length=20, truncation_mode="error")
+    message = file_refusal(
+        prepare_segments, plain, tmp_path / "rows.jsonl", [TEXT, LONG], max_length=20, truncation_mode="error"
+    )
     assert "rows.jsonl, row 2, column `first.prompt`" in message
     assert "truncation_mode: drop" in message
     long_prompt = {**TEXT, "second": {"prompt": "9+8=" * 20, "completion": " 17"}}
-    assert "overlong_prompts: drop" in file_refusal(plain, tmp_path, [TEXT, long_prompt], max_length=20)
+    assert "overlong_prompts: drop" in file_refusal(
+        prepare_segments, plain, tmp_path / "rows.jsonl", [TEXT, long_prompt], max_length=20
+    )
     assert segments(plain, [long_prompt, TEXT], max_length=20, overlong_prompts="drop").train["row"] == [2]
 
 
 def test_data_in_which_no_segment_keeps_its_end_is_refused(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     assert "would not learn to stop" in file_refusal(
-        plain, tmp_path, [{**LONG, "second": LONG["first"] | {"prompt": "3"}}], max_length=20
+        prepare_segments,
+        plain,
+        tmp_path / "rows.jsonl",
+        [{**LONG, "second": LONG["first"] | {"prompt": "3"}}],
+        max_length=20,
     )
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-def file_refusal(tokenizer: PreTrainedTokenizerFast, folder: Path, rows: list[dict[str, Any]], **changed: Any) -> str:
-    file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RefusedError) as refused:
-        prepare_segments(keys(dataset_name=str(file), **changed), tokenizer, lambda text: None)
-    return str(refused.value)
 
 
 TEXT_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -237,7 +238,7 @@ def test_a_faulty_row_is_named_by_file_row_and_column(
     plain: PreTrainedTokenizerFast, tmp_path: Path, case: str
 ) -> None:
     changed, column, words = TEXT_FAULTS[case]
-    message = file_refusal(plain, tmp_path, [TEXT, TEXT, {**TEXT, **changed}, TEXT])
+    message = file_refusal(prepare_segments, plain, tmp_path / "rows.jsonl", [TEXT, TEXT, {**TEXT, **changed}, TEXT])
     assert f"rows.jsonl, row 3, column `{column}`" in message
     assert words in message
     data = segments(plain, [TEXT, TEXT, {**TEXT, **changed}, TEXT], faulty_rows="drop")
@@ -281,7 +282,7 @@ GROUP_FAULTS: dict[str, tuple[Any, str, str]] = {
 def test_a_faulty_group_is_named(plain: PreTrainedTokenizerFast, tmp_path: Path, case: str) -> None:
     group, column, words = GROUP_FAULTS[case]
     good = {"segments": [{**FIRST, "score": 1}, {**SECOND, "score": 0}]}
-    message = file_refusal(plain, tmp_path, [good, {"segments": group}])
+    message = file_refusal(prepare_segments, plain, tmp_path / "rows.jsonl", [good, {"segments": group}])
     assert f"rows.jsonl, row 2, column `{column}`" in message
     assert words in message
 
@@ -289,8 +290,10 @@ def test_a_faulty_group_is_named(plain: PreTrainedTokenizerFast, tmp_path: Path,
 def test_a_missing_column_is_named(plain: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name in ("first", "second", "label"):
         rows = [{key: value for key, value in TEXT.items() if key != name}] * 2
-        assert f"rows.jsonl: no column `{name}`" in file_refusal(plain, tmp_path, rows)
-    assert "no column `chosen`" in file_refusal(plain, tmp_path, [{"prompt": "2", "rejected": "3"}])
+        assert f"rows.jsonl: no column `{name}`" in file_refusal(prepare_segments, plain, tmp_path / "rows.jsonl", rows)
+    assert "no column `chosen`" in file_refusal(
+        prepare_segments, plain, tmp_path / "rows.jsonl", [{"prompt": "2", "rejected": "3"}]
+    )
 
 
 def test_two_formats_in_two_splits_are_refused(plain: PreTrainedTokenizerFast) -> None:

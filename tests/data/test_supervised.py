@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
+from support.refusals import refusal
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.supervised import prepare_supervised
@@ -24,12 +25,6 @@ def prepared(
 ) -> Dataset:
     say = (said if said is not None else []).append
     return prepare_supervised(keys(**changed), say, Dataset.from_list(rows), tokenizer)[0]
-
-
-def refusal(rows: list[dict[str, Any]], tokenizer: Any = None, **changed: Any) -> str:
-    with pytest.raises(RefusedError) as refused:
-        prepared(rows, tokenizer, **changed)
-    return str(refused.value)
 
 
 def user(text: str) -> dict[str, str]:
@@ -75,7 +70,7 @@ def test_template_arguments_are_objects_for_the_trainer(written: Any) -> None:
 
 def test_template_arguments_that_differ_in_kind_between_rows_are_refused() -> None:
     rows = [{"messages": [user("2+2?"), assistant("4")], "chat_template_kwargs": w} for w in ('{"a": 1}', '{"b": 1}')]
-    assert "row 2, column `chat_template_kwargs`: other keys than in the first row (`a`)" in refusal(rows)
+    assert "row 2, column `chat_template_kwargs`: other keys than in the first row (`a`)" in refusal(prepared, rows)
 
 
 def test_no_template_arguments_are_no_column() -> None:
@@ -96,7 +91,7 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_faulty_row_is_named(case: str) -> None:
     good, changed, words = FAULTS[case]
-    message = refusal([good, good, {**good, **changed}, good])
+    message = refusal(prepared, [good, good, {**good, **changed}, good])
     assert f"row 3, column {words}" in message
     assert "mend or remove the row" in message
 
@@ -111,7 +106,7 @@ def test_a_faulty_row_is_named(case: str) -> None:
     ],
 )
 def test_missing_and_unusable_columns_are_named(row: dict[str, Any], words: list[str]) -> None:
-    message = refusal([row])
+    message = refusal(prepared, [row])
     assert [word for word in words if word not in message] == []
 
 
@@ -132,8 +127,10 @@ def test_rows_that_are_too_long_are_dropped_or_refused(chat: PreTrainedTokenizer
     kept = prepared([SPOKEN, long, SPOKEN], chat, said, max_length=40, truncation_mode="drop")
     assert kept.to_list() == [SPOKEN, SPOKEN]
     assert "1 of 3 rows dropped" in said[-1]
-    assert "row 2, column `completion`" in refusal([SPOKEN, long], chat, max_length=40, truncation_mode="error")
-    assert "all 2 rows" in refusal([long, long], chat, max_length=40, truncation_mode="drop")
+    assert "row 2, column `completion`" in refusal(
+        prepared, [SPOKEN, long], chat, max_length=40, truncation_mode="error"
+    )
+    assert "all 2 rows" in refusal(prepared, [long, long], chat, max_length=40, truncation_mode="drop")
 
 
 def test_plain_text_counts_its_end(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
@@ -148,7 +145,7 @@ def test_plain_text_counts_its_end(tokenizers: dict[str, PreTrainedTokenizerFast
 
 
 def test_dialogues_need_a_chat_template(plain: PreTrainedTokenizerFast) -> None:
-    assert "no chat template" in refusal([SPOKEN], plain)
+    assert "no chat template" in refusal(prepared, [SPOKEN], plain)
 
 
 def test_the_sources_own_test_split_is_checked_and_returned() -> None:

@@ -1,16 +1,12 @@
-"""Preference pairs handed to `prepare_preferences`, and what it says when it refuses them."""
+"""Preference pairs handed to `prepare_preferences`."""
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from llmrl.data.preferences import PreferenceData, prepare_preferences
-from llmrl.errors import RefusedError
 
 GOOD = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
 
@@ -30,19 +26,6 @@ def prepared(tokenizer: PreTrainedTokenizerFast, rows: Any, **changed: Any) -> P
     say = options.pop("say", lambda text: None)
     dataset = Dataset.from_list(rows) if isinstance(rows, list) else rows
     return prepare_preferences(keys(**changed), tokenizer, say, dataset=dataset, **options)
-
-
-def refusal(tokenizer: PreTrainedTokenizerFast, rows: Any, **changed: Any) -> str:
-    with pytest.raises(RefusedError) as refused:
-        prepared(tokenizer, rows, **changed)
-    return str(refused.value)
-
-
-def file_refusal(tokenizer: PreTrainedTokenizerFast, file: Path, rows: list[dict[str, Any]], **changed: Any) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RefusedError) as refused:
-        prepare_preferences(keys(dataset_name=str(file), **changed), tokenizer, lambda text: None)
-    return str(refused.value)
 
 
 def user(text: str) -> dict[str, str]:
