@@ -59,9 +59,9 @@ def train_llmrl(cell: Cell, folder: Path, meter: Meter) -> dict[str, Any]:
 
     build_learner = setup.build_learner
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **options: Any) -> Any:
         """The measurement starts when the model stands, before the reference is computed."""
-        learner = build_learner(*arguments)
+        learner = build_learner(*arguments, **options)
         update = learner.update
 
         def seen(groups: Any, objective: Any) -> dict[str, float]:

@@ -11,6 +11,7 @@ from llmrl.config.keys import (
     OptimizationKeys,
     RunKeys,
     TaskEvaluationKeys,
+    TrainingKeys,
 )
 from llmrl.config.parse import ParsedCommand, parse, parse_file
 from llmrl.config.resolved import differing_keys, fingerprint, result_keys, to_yaml
@@ -24,6 +25,7 @@ __all__ = [
     "ParsedCommand",
     "RunKeys",
     "TaskEvaluationKeys",
+    "TrainingKeys",
     "differing_keys",
     "fingerprint",
     "parse",

@@ -219,6 +219,10 @@ class RunKeys(Keys):
         return self
 
 
+class TrainingKeys(ModelKeys, OptimizationKeys, RunKeys):
+    """What every method that trains a model is configured with."""
+
+
 class TaskEvaluationKeys(Keys):
     """A section: greedy accuracy on held-out problems with known answers, before, during and after training."""
 

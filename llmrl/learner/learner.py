@@ -135,14 +135,14 @@ class Learner:
 
     def _scored(self, groups: list[Group], of_reference: bool) -> Scores:
         inputs = forms.inputs(self.form, groups, self.device)
-        if of_reference and self.reference_kind == "precomputed":
-            raise RuntimeError("the reference is precomputed: its log-probabilities come with the sequences")
         if of_reference:
             return Scores(self._reference_scores(inputs), None, None)
         with reference.scoring(self.backend.model):
             return self.backend.model(inputs)
 
     def _reference_scores(self, inputs: ModelInputs) -> Tensor:
+        if self.reference_kind not in reference.IN_MEMORY:
+            raise RuntimeError(reference.why_not_asked(self.reference_kind))
         model = self.frozen if self.frozen is not None else self.backend.model
         # The copy was not prepared, so the mixed precision in which the policy computes is entered here.
         with reference.scoring(model), reference.adapters_off(self.policy), self.accelerator.autocast():
@@ -256,8 +256,6 @@ class Learner:
         inputs = forms.inputs(self.form, groups, self.device)
         scored = scored_tokens(groups, counts, self.device)
         if objective.needs_reference and scored.reference_logprobs_N is None:
-            if self.reference_kind == "precomputed":
-                raise RuntimeError("the reference is precomputed, but the sequences do not carry its log-probabilities")
             scored = scored.with_reference(self._reference_scores(inputs))
         scores: Scores = self.backend.model(inputs, objective.needs_entropy)
         scored = scored.with_scores(scores.entropies_N, scores.values_N)

@@ -1,8 +1,8 @@
 """The reference policy: what the trained model was when training started, in memory, never re-read from disk.
 
 With adapters the reference is the same model with them switched off. Without, its log-probabilities are computed before
-the first update when the data is fixed (`precomputed`), or one frozen copy is kept (`frozen`). What compares with nothing
-has none (`none`).
+the first update when the data is fixed (`precomputed`), or one frozen copy is kept (`frozen`). A method that compares
+with nothing has none (`none`).
 """
 
 import contextlib

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmrl import models
-from llmrl.config import ModelKeys, OptimizationKeys, RunKeys
+from llmrl.config import ModelKeys, TrainingKeys
 from llmrl.errors import RefusedError
 from llmrl.learner.loading import model_without_storage, precision
 
@@ -30,37 +30,38 @@ def model_sizes(config: ModelKeys) -> Sizes:
     )
 
 
-def fits(model: ModelKeys, optimization: OptimizationKeys, run: RunKeys, for_servers: str = "nothing") -> list[str]:
+def fits(config: TrainingKeys, for_servers: str = "nothing") -> list[str]:
     """Lines about memory and disk. Raises RefusedError where the disk cannot hold what the run will write.
 
     for_servers: what else lies in output_dir, in two copies: nothing, the adapter, or the weights.
     """
-    sizes = model_sizes(model)
-    dtype, _ = precision(model, optimization.mixed_precision, lambda text: None)
+    sizes = model_sizes(config)
+    dtype, _ = precision(config, config.mixed_precision, lambda text: None)
     width = dtype.itemsize
-    trained_width = 4 if model.use_peft else width
+    trained_width = 4 if config.use_peft else width
     weights = (sizes.parameters - sizes.trained) * width + sizes.trained * trained_width
     optimizer = sizes.trained * (trained_width + 8)  # gradient, two moments in float32
     checkpoint = sizes.trained * (trained_width + 8)
-    export = checkpoint // 3 if model.use_peft else sizes.parameters * width
-    if run.save_total_limit:
-        kept = run.save_total_limit + 1  # a new one is written before an old one goes
+    export = checkpoint // 3 if config.use_peft else sizes.parameters * width
+    if config.save_total_limit:
+        kept = config.save_total_limit + 1  # a new one is written before an old one goes
     else:
-        kept = math.ceil(max(optimization.max_steps, 1) / run.save_steps) if run.save_steps else 1
+        kept = math.ceil(max(config.max_steps, 1) / config.save_steps) if config.save_steps else 1
     handed_over = {"nothing": 0, "adapter": 2 * export, "weights": 2 * sizes.parameters * width}[for_servers]
     needed = checkpoint * kept + export + handed_over
-    free = shutil.disk_usage(_existing(Path(run.output_dir))).free
+    free = shutil.disk_usage(_existing(Path(config.output_dir))).free
     servers = f", {handed_over / GIB:.2f} GiB of them for servers," if handed_over else ""
     lines = [
         f"model: {sizes.parameters / 1e6:,.1f} M parameters, {sizes.trained / 1e6:,.1f} M trained",
         f"memory of one process, without sharding: weights {weights / GIB:.2f} GiB, gradients and optimizer "
-        f"{optimizer / GIB:.2f} GiB, beside activations of {optimization.tokens_per_microbatch} tokens",
+        f"{optimizer / GIB:.2f} GiB, beside activations of {config.tokens_per_microbatch} tokens",
         f"disk: {needed / GIB:.2f} GiB{servers} for {kept} checkpoints and the trained model; {free / GIB:.1f} GiB are "
         "free",
     ]
     if needed > free:
         raise RefusedError(
-            f"output_dir {run.output_dir}: {lines[-1]}. Free some, lower save_total_limit, or choose another output_dir"
+            f"output_dir {config.output_dir}: {lines[-1]}. Free some, lower save_total_limit, or choose another "
+            "output_dir"
         )
     return lines
 

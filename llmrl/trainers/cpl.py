@@ -143,6 +143,8 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     cpl = _objective(config, data)
     cloning, objective = BehaviourCloning(config.step).objective(), cpl.objective()
     options, comparing = _phases(config, cloning_steps, total_steps)
+    if not cpl.reference:
+        options["reference"] = "none"
     per_step = config.comparisons_per_step
     offline = OfflineRun(config, run, tokenizer, data, per_step, "comparisons", callbacks, **options)
     offline.prepare(

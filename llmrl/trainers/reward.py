@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.config import Housekeeping, OptimizationKeys, RunKeys
+from llmrl.config import Housekeeping, TrainingKeys
 from llmrl.trainers.offline.config import PairKeys
 from llmrl.trainers.with_trl.supervised import step_parts
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmrl.runs import Run
 
 
-class RewardConfig(PairKeys, OptimizationKeys, RunKeys):
+class RewardConfig(PairKeys, TrainingKeys):
     """Reward model: what is learned from."""
 
     method: Literal["reward"] = "reward"
@@ -67,7 +67,7 @@ def check(config: RewardConfig) -> list[str]:
     said: list[str] = []
     _, data = prepared(config, prepare_preferences, said.append)
     said.append(f"{len(data.train)} pairs to train on, {len(data.heldout or [])} held out")
-    return said + checks.fits(config, config, config)
+    return said + checks.fits(config)
 
 
 def train(
@@ -94,7 +94,7 @@ def train(
     model = load_reward_model(models.resolve(config.model_name_or_path, run.note), config, dtype, run.note)
     model.config.pad_token_id = tokenizer.pad_token_id
     rows, passes = _parts(config, ranks.world_size())
-    arguments = trl_bridge.training_arguments(config, config, config, scratch_of(run), mixed_precision, rows, passes)
+    arguments = trl_bridge.training_arguments(config, scratch_of(run), mixed_precision, rows, passes)
     arguments |= {
         "max_length": config.max_length,
         "center_rewards_coefficient": config.center_rewards_coefficient or None,

@@ -3,14 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from llmrl import models
-from llmrl.config import ModelKeys, OptimizationKeys, TaskEvaluationKeys
+from llmrl.config import ModelKeys, TaskEvaluationKeys, TrainingKeys
 from llmrl.errors import RefusedError
 from llmrl.evaluation.samples import KeptSamples
 from llmrl.evaluation.tasks import TaskEvaluation, samples_of
@@ -27,55 +27,45 @@ TASKS_UNDER_ZERO3 = (
 )
 
 
-class LearnerKeys(Protocol):
-    """The keys of a method's own configuration that decide how its learner is built."""
-
-    @property
-    def reference(self) -> str: ...
-    @property
-    def form(self) -> Literal["auto", "tree", "padded"]: ...
-
-
 def build_learner(
-    model: ModelKeys,
-    optimization: OptimizationKeys,
-    own: LearnerKeys,
+    config: TrainingKeys,
     total_steps: int,
     say: Callable[[str], None],
+    *,
+    reference: str,
+    form: Literal["auto", "tree", "padded"],
     **further: Any,
 ) -> Learner:
-    """The configured model in a learner, on whatever was launched; the first three arguments may be the same object.
+    """The configured model in a learner, on whatever was launched.
 
     `further`: LearnerOptions that the method sets. Raises RefusedError for what was launched otherwise than the keys
     need, before anything is loaded where the launcher tells.
     """
-    if own.reference == "frozen" and ranks.zero_stage() == 3:
+    if reference == "frozen" and ranks.zero_stage() == 3:
         raise RefusedError(FROZEN_UNDER_ZERO3)
-    dtype, mixed_precision = precision(model, optimization.mixed_precision, say)
+    dtype, mixed_precision = precision(config, config.mixed_precision, say)
     accelerator = build_accelerator(mixed_precision)
-    set_seed(optimization.seed)
-    causal_lm = load_model(models.resolve(model.model_name_or_path), model, dtype, say)
-    form = own.form
-    if form == "auto" and model.attn_implementation != "auto":
+    set_seed(config.seed)
+    causal_lm = load_model(models.resolve(config.model_name_or_path), config, dtype, say)
+    if form == "auto" and config.attn_implementation != "auto":
         form = "padded"
-        say(f"attn_implementation {model.attn_implementation} was asked for: padded rows instead of prefix trees.")
+        say(f"attn_implementation {config.attn_implementation} was asked for: padded rows instead of prefix trees.")
     options = LearnerOptions(
-        learning_rate=optimization.learning_rate,
-        lr_scheduler_type=optimization.lr_scheduler_type,
-        lr_scheduler_kwargs=optimization.schedule_numbers,
-        warmup_steps=math.ceil(optimization.warmup_ratio * total_steps),
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        lr_scheduler_kwargs=config.schedule_numbers,
+        warmup_steps=math.ceil(config.warmup_ratio * total_steps),
         total_steps=total_steps,
-        weight_decay=optimization.weight_decay,
-        adam_betas=(optimization.adam_beta1, optimization.adam_beta2),
-        adam_epsilon=optimization.adam_epsilon,
-        max_grad_norm=optimization.max_grad_norm,
-        tokens_per_microbatch=optimization.tokens_per_microbatch,
-        reference=own.reference,
+        weight_decay=config.weight_decay,
+        adam_betas=(config.adam_beta1, config.adam_beta2),
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        tokens_per_microbatch=config.tokens_per_microbatch,
+        reference=reference,
         form=form,
-        gradient_checkpointing=model.gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
-    options = dataclasses.replace(options, **further)
-    return Learner(causal_lm, options, accelerator, say)
+    return Learner(causal_lm, dataclasses.replace(options, **further), accelerator, say)
 
 
 def task_problems(

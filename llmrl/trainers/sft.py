@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.config import DataKeys, Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
+from llmrl.config import DataKeys, Housekeeping, TaskEvaluationKeys, TrainingKeys
 from llmrl.errors import RefusedError
 from llmrl.trainers.with_trl.supervised import step_parts
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llmrl.runs import Run
 
 
-class SFTConfig(ModelKeys, DataKeys, OptimizationKeys, RunKeys):
+class SFTConfig(DataKeys, TrainingKeys):
     """SFT: what is learned from."""
 
     method: Literal["sft"] = "sft"
@@ -78,7 +78,7 @@ def check(config: SFTConfig) -> list[str]:
     tokenizer, train_rows, heldout = _data(config, said.append)
     task_problems(config.task_evaluation, config, tokenizer, said.append)
     said.append(f"{len(train_rows)} sequences to train on, {len(heldout or [])} held out")
-    return said + checks.fits(config, config, config)
+    return said + checks.fits(config)
 
 
 def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
@@ -99,7 +99,7 @@ def train(config: SFTConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     set_seed(config.seed)
     model = load_model(models.resolve(config.model_name_or_path, run.note), config, dtype, run.note)
     rows, passes = _parts(config, ranks.world_size())
-    arguments = trl_bridge.training_arguments(config, config, config, scratch_of(run), mixed_precision, rows, passes)
+    arguments = trl_bridge.training_arguments(config, scratch_of(run), mixed_precision, rows, passes)
     arguments |= {
         "max_length": config.max_length,
         "truncation_mode": "keep_end" if config.truncation_mode == "keep_end" else "keep_start",

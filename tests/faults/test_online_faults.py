@@ -503,7 +503,7 @@ def test_the_disk_is_asked_to_hold_the_weights_that_servers_are_given(tmp_path: 
     assert left(engine=servers) == left(engine=servers, use_peft=True) == "weights"
     assert left(engine={**servers, "lora": "adapter"}, use_peft=True) == "adapter"
     config = loop.LOOPConfig(**yaml.safe_load(write_online_config(tmp_path, save_steps=1).read_text()))
-    said = [checks.fits(config, config, config, what)[-1] for what in ("nothing", "weights")]
+    said = [checks.fits(config, what)[-1] for what in ("nothing", "weights")]
     assert "for servers" not in said[0]
     assert "GiB of them for servers" in said[1]
 

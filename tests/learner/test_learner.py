@@ -56,6 +56,15 @@ def test_a_policy_changed_in_memory_starts_at_ln_2_against_itself(kind: str, dra
     assert metrics["rewards/margins"] == 0.0
 
 
+@pytest.mark.parametrize(("kind", "said"), [("none", "built without a reference"), ("precomputed", "do not carry")])
+def test_a_reference_that_is_not_in_memory_is_not_made_up(kind: str, said: str, draw: np.random.Generator) -> None:
+    learner, pairs = build(make_tiny_model(), reference=kind), random_pairs(draw, 2)
+    with pytest.raises(RuntimeError, match=said):
+        learner.update(pairs, DPO_LOSS)
+    with pytest.raises(RuntimeError, match=said):
+        learner.logprobs(pairs, of_reference=True)
+
+
 def test_the_reference_stays_where_the_policy_started(draw: np.random.Generator) -> None:
     pairs = random_pairs(draw, 4)
     for model, kind in ((make_tiny_model(), "frozen"), (lora(), "adapter_off")):

@@ -18,7 +18,7 @@ BASE = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o"}
 
 def arguments(tmp_path, config_type=SFTConfig) -> dict:
     config = config_type(**BASE, learning_rate=1e-3, max_steps=3, warmup_ratio=0.25)
-    return trl_bridge.training_arguments(config, config, config, str(tmp_path / "scratch"), "no", 2, 3)
+    return trl_bridge.training_arguments(config, str(tmp_path / "scratch"), "no", 2, 3)
 
 
 @pytest.mark.parametrize(("trl_name", "config_type"), [("SFTConfig", SFTConfig), ("RewardConfig", RewardConfig)])

@@ -59,7 +59,7 @@ def critic_of(actor: Learner, training: CriticTraining, num_steps: int) -> Learn
         lr_scheduler_kwargs={},
         warmup_steps=0,
         total_steps=num_steps,
-        reference="precomputed",  # never asked for
+        reference="none",
         value_head=True,
         value_gradient=True,
     )
@@ -78,7 +78,7 @@ def load(folder: Path, keys: ModelKeys, actor: Learner) -> Learner:
     """What `save` wrote, ready to value states. Raises RefusedError where the folder holds no critic."""
     model = load_model(str(folder), keys.model_copy(update={"use_peft": False}), actor.causal_lm.dtype, _silent)
     model.requires_grad_(True)  # an adapter was merged into what it had frozen, and a learner wants something to train
-    options = dataclasses.replace(actor.options, reference="precomputed", value_head=True, gradient_checkpointing=False)
+    options = dataclasses.replace(actor.options, reference="none", value_head=True, gradient_checkpointing=False)
     critic = Learner(model, options, build_accelerator(actor.accelerator.mixed_precision), _silent)
     load_value_head(critic, folder)
     return critic

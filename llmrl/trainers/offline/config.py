@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.config import DataKeys, Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
+from llmrl.config import DataKeys, Housekeeping, ModelKeys, TaskEvaluationKeys, TrainingKeys
 from llmrl.errors import RefusedError
 
 
@@ -22,7 +22,7 @@ class PairKeys(FixedDataKeys):
     """Pairs in one optimizer step, over all processes together."""
 
 
-class OfflineKeys(FixedDataKeys, OptimizationKeys, RunKeys):
+class OfflineKeys(FixedDataKeys, TrainingKeys):
     """Reference and held-out scores: what the policy is compared with."""
 
     reference: Literal["auto", "adapter_off", "precomputed", "frozen"] = "auto"

@@ -83,9 +83,8 @@ class OfflineRun:
         self.config, self.run, self.data, self.groups_per_step, self.noun = config, run, data, groups_per_step, noun
         problems = setup.task_problems(config.task_evaluation, config, tokenizer, run.note)
         self.total_steps = num_steps(config, groups_per_step, len(data.train))
-        self.learner: Learner = setup.build_learner(
-            config, config, config, self.total_steps, run.note, **learner_options
-        )
+        options = {"reference": config.reference, "form": config.form, **learner_options}
+        self.learner: Learner = setup.build_learner(config, self.total_steps, run.note, **options)
         self._answers = setup.task_evaluation(problems, self.learner.causal_lm, self.learner.accelerator, run)
         self.session = Session(
             run, self.learner, tokenizer, self.total_steps, data.fingerprint, self.evaluate, callbacks
@@ -234,4 +233,4 @@ def check_offline(
     setup.task_problems(config.task_evaluation, config, tokenizer, said.append)
     steps = num_steps(config, groups_per_step, len(data.train))
     said.append(f"{len(data.train)} {noun} to train on, {len(data.heldout or [])} held out; {steps} optimizer steps")
-    return said + checks.fits(config, config, config)
+    return said + checks.fits(config)

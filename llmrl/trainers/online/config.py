@@ -6,12 +6,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from llmrl.config import Housekeeping, ModelKeys, OptimizationKeys, RunKeys, TaskEvaluationKeys
+from llmrl.config import Housekeeping, TaskEvaluationKeys, TrainingKeys
 from llmrl.config.online import SamplingKeys, StepKeys
 from llmrl.rewards.keys import RewardFunctionKeys, RewardKeys
 
 
-class SamplingConfig(ModelKeys, SamplingKeys, RewardKeys, OptimizationKeys, RunKeys):
+class SamplingConfig(SamplingKeys, RewardKeys, TrainingKeys):
     """Keys of the methods that learn from what they sample, whatever their objective is."""
 
     rewards: list[RewardFunctionKeys] = Field(default_factory=list)

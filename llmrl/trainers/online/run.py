@@ -230,17 +230,13 @@ def sampled_learner(
 
     `further`: LearnerOptions that the method sets.
     """
-    if not needs_reference:
-        reference = "precomputed"  # never asked for
-    else:
-        reference = config.reference if config.reference != "auto" or config.use_peft else "frozen"
-    keys = config.model_copy(update={"reference": reference})
+    reference = config.reference if config.reference != "auto" or config.use_peft else "frozen"
     return build_learner(
-        keys,
-        keys,
-        keys,
+        config,
         total_steps,
         say,
+        reference=reference if needs_reference else "none",
+        form=config.form,
         temperature=config.temperature,
         most_skipped=config.most_skipped_updates,
         **further,
@@ -259,4 +255,4 @@ def check_sampling(config: SamplingConfig) -> list[str]:
     task_problems(config.task_evaluation, config, task.tokenizer, said.append)
     steps = config.num_steps(len(task.data.train))
     said.append(f"{len(task.data.train)} prompts to train on, {len(task.data.heldout)} held out; {steps} steps")
-    return said + checks.fits(config, config, config, left_for_servers(config))
+    return said + checks.fits(config, left_for_servers(config))

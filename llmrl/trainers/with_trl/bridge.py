@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
-from llmrl.config import ModelKeys, OptimizationKeys, RunKeys
+from llmrl.config import TrainingKeys
 from llmrl.learner.sharding import skip_shared_memory_op
 from llmrl.runs import ranks
 
@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 
 
 def training_arguments(
-    model: ModelKeys,
-    optimization: OptimizationKeys,
-    run: RunKeys,
-    scratch: str,
-    mixed_precision: str,
-    rows: int,
-    parts: int,
+    config: TrainingKeys, scratch: str, mixed_precision: str, rows: int, parts: int
 ) -> dict[str, Any]:
     """Our keys as transformers' TrainingArguments. `rows` go through one forward pass, `parts` of them make a step.
 
@@ -40,29 +34,29 @@ def training_arguments(
     on_cpu = not torch.cuda.is_available()
     return {
         "output_dir": scratch,
-        "seed": optimization.seed,
-        "data_seed": optimization.seed,
-        "learning_rate": optimization.learning_rate,
-        "lr_scheduler_type": optimization.lr_scheduler_type,
-        "lr_scheduler_kwargs": optimization.schedule_numbers,
-        "warmup_steps": optimization.warmup_ratio,
-        "weight_decay": optimization.weight_decay,
-        "adam_beta1": optimization.adam_beta1,
-        "adam_beta2": optimization.adam_beta2,
-        "adam_epsilon": optimization.adam_epsilon,
-        "max_grad_norm": optimization.max_grad_norm,
-        "max_steps": optimization.max_steps,
-        "num_train_epochs": optimization.num_train_epochs,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "lr_scheduler_kwargs": config.schedule_numbers,
+        "warmup_steps": config.warmup_ratio,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "max_grad_norm": config.max_grad_norm,
+        "max_steps": config.max_steps,
+        "num_train_epochs": config.num_train_epochs,
         "per_device_train_batch_size": rows,
         "per_device_eval_batch_size": rows,
         "gradient_accumulation_steps": parts,
-        "gradient_checkpointing": model.gradient_checkpointing,
+        "gradient_checkpointing": config.gradient_checkpointing,
         "bf16": mixed_precision == "bf16",
         "fp16": mixed_precision == "fp16",
         # Under DeepSpeed accelerate would run plain DDP if told to use the CPU; the launch files hide the GPUs instead.
         "use_cpu": on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true",
         "ddp_backend": "gloo" if on_cpu and ranks.world_size() > 1 else None,  # one process alone must not name one
-        "logging_steps": run.logging_steps,
+        "logging_steps": config.logging_steps,
         "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen
         "include_num_input_tokens_seen": "non_padding",
         "save_strategy": "no",
