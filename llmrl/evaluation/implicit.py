@@ -19,7 +19,7 @@ from llmrl.learner.batches import ModelInputs
 from llmrl.learner.learner import Learner
 from llmrl.learner.policy import Policy
 from llmrl.learner.reference import IN_MEMORY, adapters_off, scoring
-from llmrl.learner.sequences import Floats, Group, per_sequence
+from llmrl.learner.sequences import Floats, Group, per_sequence, split_into_microbatches
 from llmrl.objectives.implicit_reward import reference_drift
 
 CHUNK_ELEMENTS = 2**22
@@ -137,7 +137,7 @@ def _as_reference(policy: Policy, reference: Policy | None) -> Iterator[Policy]:
 def _batches(
     groups: list[Group], form: forms.Form, budget: int, device: torch.device
 ) -> Iterator[tuple[list[int], ModelInputs]]:
-    for members in forms.microbatches(form, groups, budget):
+    for members in split_into_microbatches([forms.size(form, group) for group in groups], budget):
         yield members, forms.inputs(form, [groups[i] for i in members], device)
 
 

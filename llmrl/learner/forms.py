@@ -16,7 +16,7 @@ from llmrl.learner.batches import ModelInputs, padded_inputs, tree_inputs
 from llmrl.learner.policy import Policy, base_model, can_take_tree
 from llmrl.learner.prefix_tree import num_unique_tokens
 from llmrl.learner.reference import scoring
-from llmrl.learner.sequences import Group, completion, split_into_microbatches
+from llmrl.learner.sequences import Group, completion
 
 Form = Literal["tree", "padded"]
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -50,11 +50,6 @@ def size(form: Form, group: Group) -> int:
     if form == "tree":
         return num_unique_tokens(group)
     return len(group) * max(len(s.token_ids) for s in group)
-
-
-def microbatches(form: Form, groups: list[Group], budget: int) -> list[list[int]]:
-    """Indices of the groups of each forward pass, of at most `budget` token slots."""
-    return split_into_microbatches([size(form, group) for group in groups], budget)
 
 
 def dummy_group() -> Group:

@@ -22,7 +22,7 @@ from llmrl.learner.batches import ModelInputs, scored_tokens
 from llmrl.learner.optimizer import adamw, forget, only_value_head
 from llmrl.learner.options import LearnerOptions
 from llmrl.learner.policy import Policy, Scores
-from llmrl.learner.sequences import Floats, Group, split_into_microbatches, split_over_ranks, totals
+from llmrl.learner.sequences import Floats, Group, per_sequence, split_into_microbatches, split_over_ranks, totals
 from llmrl.objectives.scored import Objective, Totals
 
 MOST_OVERFLOWS = 40
@@ -77,7 +77,8 @@ class Learner:
         if self.frozen is not None:
             # An engine that casts the policy's weights (DeepSpeed in half precision) must not leave the copy behind.
             self.frozen.to(next(self.policy.parameters()).dtype)
-        self.form = forms.check(form, self._score_probe, self._precision(), self.device.type == "cpu", say)
+        probe = forms.probe(self.backend.model, causal_lm.config.get_text_config().vocab_size, self.device)
+        self.form = forms.check(form, probe, self._precision(), self.device.type == "cpu", say)
 
     @property
     def causal_lm(self) -> PreTrainedModel | PeftModel:
@@ -117,16 +118,14 @@ class Learner:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[list[SequenceScores]]:
         """As `logprobs`, with the value head's values beside them (none of the reference)."""
-        sizes = [forms.size(self.form, g) for g in groups]
-        mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
-        batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
+        _, mine, batches = self._share(groups)
         scored: dict[int, list[SequenceScores]] = {}
         for batch in self._even(batches):
             members = [mine[i] for i in batch]
             chosen = [groups[i] for i in members] or [forms.dummy_group()]
             found = self._scored(chosen, of_reference)
-            logprobs = _per_group(found.logprobs_N.float().cpu().numpy(), chosen)
-            values = None if found.values_N is None else _per_group(found.values_N.float().cpu().numpy(), chosen)
+            logprobs = per_sequence(found.logprobs_N.float().cpu().numpy(), chosen)
+            values = None if found.values_N is None else per_sequence(found.values_N.float().cpu().numpy(), chosen)
             for k, i in enumerate(members):
                 beside = [None] * len(logprobs[k]) if values is None else values[k]
                 scored[i] = [SequenceScores(*pair) for pair in zip(logprobs[k], beside, strict=True)]
@@ -175,9 +174,7 @@ class Learner:
         then the weights stay, `grad_norm` is NaN and `skipped_updates` 1. A gradient that float16's loss scale has
         made so is no error: the scale is lowered.
         """
-        sizes = [forms.size(self.form, g) for g in groups]
-        mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
-        batches = split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
+        sizes, mine, batches = self._share(groups)
         counts = counts or totals(groups)
         sums: dict[str, list[float | Tensor]] = {}
         even = self._even(batches)
@@ -297,6 +294,12 @@ class Learner:
             means[name] = total if _is_extreme(name) or not count else total / count
         return means
 
+    def _share(self, groups: list[Group]) -> tuple[list[int], list[int], list[list[int]]]:
+        """What each group costs, this rank's groups by their indices, and its micro-batches by indices into those."""
+        sizes = [forms.size(self.form, group) for group in groups]
+        mine = split_over_ranks(sizes, self.accelerator.num_processes)[self.accelerator.process_index]
+        return sizes, mine, split_into_microbatches([sizes[i] for i in mine], self.options.tokens_per_microbatch)
+
     def _even(self, batches: list[list[int]]) -> list[list[int]]:
         """As many micro-batches on every rank; those added are empty."""
         most = together.largest(self.accelerator, len(batches))
@@ -322,11 +325,6 @@ class Learner:
 
     # -- checks --------------------------------------------------------------------------------------------------
 
-    def _score_probe(self, form: forms.Form, plain: bool) -> Tensor:
-        group = forms.probe_group(self.causal_lm.config.get_text_config().vocab_size)
-        with reference.scoring(self.backend.model):
-            return self.backend.model(forms.inputs(form, [group], self.device), False, plain).logprobs_N.float()
-
     def _precision(self) -> torch.dtype:
         """The precision that the forward pass computes in."""
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -347,12 +345,6 @@ def _is_extreme(name: str) -> bool:
 
 def _extreme(name: str) -> Callable[[list[float]], float]:
     return max if name.endswith("max") else min if name.endswith("min") else sum
-
-
-def _per_group(logprobs_N: np.ndarray, groups: list[Group]) -> list[list[Floats]]:
-    counts = [s.num_scored for g in groups for s in g]
-    parts = iter(np.split(logprobs_N, np.cumsum(counts)[:-1]))
-    return [[next(parts) for _ in g] for g in groups]
 
 
 def _merged(

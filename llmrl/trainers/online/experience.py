@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmrl.learner.learner import Learner
 from llmrl.learner.prefix_tree import num_unique_tokens
-from llmrl.learner.sequences import Floats, Group, TokenSequence, totals
+from llmrl.learner.sequences import Floats, Group, TokenSequence, per_sequence, totals
 from llmrl.objectives.algorithm import Algorithm
 from llmrl.objectives.scored import Objective, extreme
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
@@ -82,10 +82,11 @@ class Experience:
     def set_token_values(self, name: str, values_N: Tensor, indices: Iterable[int] | None = None) -> None:
         """Give every scored token (of the rollouts at these indices) a number under this name."""
         chosen = self.samples if indices is None else [self.samples[i] for i in indices]
-        numbers = iter(_split(values_N.float().numpy(), [p.num_scored for s in chosen for p in s.pieces]))
-        for sample in chosen:
+        numbers = per_sequence(values_N.float().numpy(), [sample.pieces for sample in chosen])
+        for sample, parts in zip(chosen, numbers, strict=True):
             sample.pieces = tuple(
-                replace(piece, token_values={**piece.token_values, name: next(numbers)}) for piece in sample.pieces
+                replace(piece, token_values={**piece.token_values, name: part})
+                for piece, part in zip(sample.pieces, parts, strict=True)
             )
 
     def score(self, learner: Learner, *, old: bool, reference: bool, values: bool, idle: bool = True) -> None:
@@ -270,10 +271,6 @@ def _fits(group: Group, budget: int) -> bool:
 
 def _joined(parts: Iterable[Floats]) -> Tensor:
     return torch.from_numpy(np.concatenate(list(parts)))
-
-
-def _split(values: NDArray[np.float32], counts: Sequence[int]) -> list[Floats]:
-    return np.split(values, np.cumsum(counts)[:-1])
 
 
 def advance_schedule(learner: Learner) -> None:
