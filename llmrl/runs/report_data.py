@@ -37,6 +37,10 @@ SAMPLES_SHOWN = 12
 TIMING = ("seconds", "per_second")
 NOT_CURVES = ("step", "num_tokens", "epoch")
 PAIRED = ("/chosen", "/rejected")
+OTHER_INTERVALS = {
+    "accuracy": [("interval_low", "interval_high")],
+    "rewards/accuracies": [("accuracy_interval_low", "accuracy_interval_high")],
+}
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ def _stages(stored: Any) -> list[tuple[str, Measured]]:
 
 def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
     """Numbers by name. An interval belongs to `accuracy`, or to `x` where it is called `x_low` and `x_high`, or
-    `x_interval_low` and `x_interval_high`."""
+    `x_interval_low` and `x_interval_high`; `accuracy_interval_` without `accuracy` is that of `rewards/accuracies`."""
     count = number(metrics.get("n"))
     n = int(count) if count is not None else None
     found: dict[str, Measured] = {}
@@ -181,7 +185,7 @@ def _measured(metrics: dict[str, Any]) -> dict[str, Measured]:
         for low, high in (
             (f"{key}_low", f"{key}_high"),
             (f"{key}_interval_low", f"{key}_interval_high"),
-            *((("interval_low", "interval_high"),) if key == "accuracy" else ()),
+            *OTHER_INTERVALS.get(key, ()),
         ):
             ends = number(metrics.get(low)), number(metrics.get(high))
             if value is not None and None not in ends:

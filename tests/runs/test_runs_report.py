@@ -97,12 +97,19 @@ def test_a_whole_run_shows_its_facts_its_gain_and_its_curves(tmp_path: Path):
     assert "svg" in found.tags
 
 
-def test_the_interval_of_a_held_out_reward_is_shown_with_it_and_not_as_a_metric_of_its_own(tmp_path: Path):
-    metrics = {"reward": 0.5, "reward_interval_low": 0.25, "reward_interval_high": 0.75, "n": 6.0, "right": 0.5}
+@pytest.mark.parametrize(
+    ("key", "interval", "shown"),
+    [("reward", "reward_interval", "0.5 (0.25 to 0.75, n = 6)"),
+     ("rewards/accuracies", "accuracy_interval", "50.0% (25.0 to 75.0, n = 6)")],
+)  # fmt: skip
+def test_an_interval_is_shown_with_its_metric_and_not_as_one_of_its_own(
+    tmp_path: Path, key: str, interval: str, shown: str
+):
+    metrics = {key: 0.5, f"{interval}_low": 0.25, f"{interval}_high": 0.75, "n": 6.0, "right": 0.5}
     items = [{"step": step, "name": "heldout", "metrics": metrics} for step in (0, 2)]
     (tmp_path / "evals.json").write_text(json.dumps(items))
     text = page(tmp_path).text
-    assert "0.5 (0.25 to 0.75, n = 6)" in text
+    assert shown in text
     assert "interval_low" not in text
 
 
