@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from llmrl import __version__
+from llmrl.config.keys import RunKeys
 from llmrl.config.nearest import nearest
 from llmrl.config.parse import parse
 from llmrl.config.source import read_yaml
@@ -29,7 +30,7 @@ def check(words: Sequence[str]) -> None:
 
     Finds every mistake that can be found without training: configuration, data, model and tokenizer, batch arithmetic,
     memory, disk, missing packages. RECIPE is a name such as dpo, or the folder of a recipe (its tiny.yaml is checked);
-    CONFIG is a YAML file. Exit code 0 when the run could start, 2 otherwise.
+    CONFIG is a YAML file. Exit code 0 when the run could start, 2 otherwise: also where only its output_dir is taken.
     """
     if not words or words[0].startswith("-"):
         raise RefusedError("name a recipe or a YAML file: llmrl check recipes/dpo/tiny.yaml [--key value ...]")
@@ -37,11 +38,12 @@ def check(words: Sequence[str]) -> None:
     method = _method_of(config_file)
     module = _trainer(method)
     config = parse(module.Config, ["--config", str(config_file), *words[1:]]).config
-    claimable(config)
-    trackers.available(config.trackers)
+    mistakes, told = _mistakes(config, module)
     console = Console()
-    for line in module.check(config):
+    for line in told:
         console.say(line)
+    if mistakes:
+        raise RefusedError("\n".join(mistakes))
     console.say(f"{config_file}: no mistake found; the run can start")
 
 
@@ -141,7 +143,8 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {_purpose(command)}" for name, command in COMMANDS.items()]
     return "\n".join(
         ["Usage: llmrl COMMAND ...", "", *lines, "", "llmrl COMMAND --help says more.", "",
-         "Training: accelerate launch recipes/METHOD/run.py --config recipes/METHOD/PRESET.yaml [--key value ...]"]
+         "Training: accelerate launch --config_file launch/accelerate/cpu.yaml recipes/METHOD/run.py \\",
+         "            --config recipes/METHOD/PRESET.yaml [--key value ...]"]
     )  # fmt: skip
 
 
@@ -173,6 +176,26 @@ def _method_of(config_file: Path) -> str:
     """The `method:` key of the file, else the name of the recipe's folder that holds it."""
     tree, _ = read_yaml(config_file)
     return str(tree.get("method") or config_file.absolute().parent.name)
+
+
+def _mistakes(config: RunKeys, module: ModuleType) -> tuple[list[str], list[str]]:
+    """What would keep the run from starting, and what is to be told of the rest: a directory that is taken, or a
+    tracker that is missing, says nothing of data and model, which are looked at all the same."""
+    mistakes: list[str] = []
+    told: list[str] = []
+
+    def look(at: Callable[[], object]) -> None:
+        try:
+            at()
+        except RefusedError as error:
+            mistakes.append(str(error))
+
+    look(lambda: claimable(config))
+    look(lambda: trackers.available(config.trackers))
+    look(lambda: told.extend(module.check(config)))
+    if told and mistakes:
+        told.append("data, model, memory and disk: no mistake found")
+    return mistakes, told
 
 
 def _trainer(method: str) -> ModuleType:

@@ -104,18 +104,27 @@ def test_check_takes_overrides_and_the_method_of_the_file(recipe: Path, capsys: 
         (["toyy"], "recipes here: toy"),
         (["nowhere.yaml"], "nowhere.yaml does not exist"),
         (["toy", "--output_dir", "/dev/null/x"], "output_dir /dev/null/x cannot be used"),
-        (["toy", "--output_dir", "held"], "output_dir held already holds a run (config.yaml)"),
         (["toy", "--resume_from_checkpoint", "/nope"], "/nope"),
         (["toy", "--report_to", "aim"], "report_to names aim, but the package aim is not installed"),
     ],
 )
 def test_check_refuses_with_2(recipe: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str]):
-    (recipe / "held").mkdir()
-    (recipe / "held" / "config.yaml").write_text("method: toy\n")
     before = sorted(recipe.rglob("*"))
     assert run(["check", *words]) == 2
     assert sorted(p for p in recipe.rglob("*") if "__pycache__" not in p.parts) == before
     assert says in capsys.readouterr().err
+
+
+def test_check_looks_at_the_rest_where_the_output_dir_is_taken(recipe: Path, capsys: pytest.CaptureFixture[str]):
+    (recipe / "held").mkdir()
+    (recipe / "held" / "config.yaml").write_text("method: toy\n")
+    assert run(["check", "toy", "--output_dir", "held"]) == 2
+    shown = capsys.readouterr()
+    assert "1,024 rows\ndata, model, memory and disk: no mistake found" in shown.out
+    assert "output_dir held already holds a run (config.yaml)" in shown.err
+    assert run(["check", "toy", "--output_dir", "held", "--dataset_name", "bad.jsonl", "--report_to", "aim"]) == 2
+    err = capsys.readouterr().err
+    assert [word in err for word in ("output_dir held", "package aim", "row 6, column chosen")] == [True] * 3
 
 
 def test_check_names_the_nearest_method(recipe: Path, capsys: pytest.CaptureFixture[str]):
