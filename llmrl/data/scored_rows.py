@@ -21,15 +21,28 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
-from llmrl.data.columns import MEND, missing, read_dialogue, read_extras, read_text_or_dialogue, refuse_pictures
+from llmrl.data.columns import (
+    MEND,
+    missing,
+    nearest,
+    read_dialogue,
+    read_extras,
+    read_text_or_dialogue,
+    refuse_pictures,
+)
 from llmrl.data.faults import RowFault
 from llmrl.data.formats import Text, as_answer
 from llmrl.data.messages import kind_of, without_none
+from llmrl.errors import RefusedError
 
 SCORED_COLUMNS = ("prompt", "completions", "rewards", "completion_ids", "logprobs", "ended")
 COLUMNS = (*SCORED_COLUMNS, "tools", "chat_template_kwargs")
 ROUNDING = 1e-3
 """Nats by which a log-probability may lie above 0."""
+NO_LOGPROBS = (
+    "the method weighs samples by the log-probabilities of the model that drew them. Sample with `llmrl sample`, which "
+    "writes them; or, if the model that training begins with drew all of them at temperature 1, set proposal: prior"
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,9 @@ def check_scored_columns(columns: Sequence[str], where: str, needs_logprobs: boo
         if name not in columns:
             raise missing(name, columns, where, COLUMNS)
     if needs_logprobs and "logprobs" not in columns:
-        raise missing("logprobs", columns, where, COLUMNS)
+        like = nearest("logprobs", [name for name in columns if name not in COLUMNS], close_only=True)
+        hint = f" (did you mean `{like}`? Rename it)" if like else ""
+        raise RefusedError(f"{where}: no column `logprobs`{hint}, but {NO_LOGPROBS}")
     refuse_pictures(columns, where)
 
 
@@ -91,9 +106,17 @@ def read_scored(row: dict[str, Any], wanted: Wanted = Wanted()) -> Scored:
         raise RowFault(
             "rewards",
             f"{len(chosen)} of {count} completions {these}, but the samples of a prompt are compared with one another, "
-            f"so there must be at least {wanted.least_samples}; sample more of them, or remove the row",
+            f"so there must be at least {wanted.least_samples}; sample more of them, or remove the row"
+            + (_cut_off(row, ended) if wanted.only_ended and not all(ended) else ""),
         )
     return Scored(prompt, completions, rewards, ids, logprobs, summed, ended, chosen, extras)
+
+
+def _cut_off(row: dict[str, Any], ended: list[bool]) -> str:
+    """What can be done about completions that are taken for cut off."""
+    by_ids = row.get("ended") is None and row.get("completion_ids") is not None
+    why = ", as completion_ids without a stop token at their end say; keep the one that ended each there" * by_ids
+    return f". {ended.count(False)} were cut off{why}; or let them take part with truncated_samples: keep"
 
 
 def _texts(row: dict[str, Any]) -> tuple[Text, list[Text]]:
@@ -164,11 +187,7 @@ def _logprobs(
     """(of each completion its tokens' or, in a list of one, their sum; whether these are sums)."""
     if row.get("logprobs") is None:
         if needed:
-            raise RowFault(
-                "logprobs",
-                "null, but the method weighs samples by the log-probabilities of the model that drew them; write them "
-                "when sampling, or say that all samples are the initial model's",
-            )
+            raise RowFault("logprobs", f"null, but {NO_LOGPROBS}")
         return None, False
     values = _each(row, "logprobs", count)
     summed = not isinstance(values[0], list)

@@ -177,7 +177,7 @@ def test_missing_logprobs_are_refused_where_they_are_needed(plain: PreTrainedTok
     rows = [{**GOOD, "logprobs": [-1.0] * 3}, {**GOOD, "logprobs": None}]
     message = refusal(prepared, plain, rows, needs_logprobs=True)
     assert "row 2, column `logprobs`: null" in message
-    assert "all samples are the initial model's" in message
+    assert "set proposal: prior" in message
 
 
 @pytest.mark.parametrize(

@@ -117,13 +117,19 @@ def train(config: BRAInConfig, run: "Run", *, dataset: Any = None, callbacks: "S
             metrics = means_of_updates(done, learner.learning_rate) | {"rollout/masked": float(experience.num_masked)}
             metrics.pop("reward", None)  # of the prompts that are left; the step's is that of all rollouts
             watch(metrics)
-            sampled.record_step(
-                collected,
-                metrics,
-                taught=bool(done) and tells_apart(collected.groups, over_step=False),
-                cause=None if prompts else "no prompt has two samples left that ended by themselves",
-            )
+            cause = why_nothing_is_left(config, bool(prompts), metrics)
+            taught = cause is None and tells_apart(collected.groups, over_step=False)
+            sampled.record_step(collected, metrics, taught=taught, cause=cause)
         sampled.session.finish()
+
+
+def why_nothing_is_left(config: BRAInConfig, has_prompts: bool, metrics: dict[str, float]) -> str | None:
+    """Why a step's updates had no sample to learn from; None where they had."""
+    if not has_prompts:
+        return "no prompt has two samples left that ended by themselves"
+    if metrics.get("brain/left_out") == 1:
+        return f"most_prior_gap ({config.most_prior_gap}) leaves out every sample: raise it"
+    return None
 
 
 def num_samples(group: "Group") -> int:

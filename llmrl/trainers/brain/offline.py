@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llmrl.errors import RefusedError
 from llmrl.trainers.brain.keys import BRAInKeys
 from llmrl.trainers.offline.config import OfflineKeys, describe_groups
 
@@ -138,4 +139,24 @@ def _data(
     from llmrl.trainers.offline.run import prepared
 
     own = {"needs_logprobs": config.proposal == "behaviour", "cut_off": config.truncated_samples}
-    return prepared(config, prepare_scored, say, dataset, **own)
+    tokenizer, data = prepared(config, prepare_scored, say, dataset, **own)
+    _refuse_equal_rewards(data, config.dataset_name or "the given dataset", say)
+    return tokenizer, data
+
+
+def _refuse_equal_rewards(data: "ScoredData", where: str, say: Callable[[str], None]) -> None:
+    """At the prior, samples of equal rewards have no gradient, whatever the proposal; if there are no others, the
+    policy stays there. Raises RefusedError then, and else says how many prompts are like that."""
+    count = len(data.train)
+    equal = sum(len(set(rewards)) == 1 for rewards in data.train["rewards"])
+    if equal == count:
+        raise RefusedError(
+            f"{where}, column `rewards`: of all {count} prompts to train on the samples are equally good, so nothing "
+            "says what to prefer. Remedy: a reward with more grades, more samples of a prompt, or easier or harder "
+            "prompts (`llmrl sample` has --rewards and --samples_per_prompt)"
+        )
+    if equal:
+        say(
+            f"data: {equal} of {count} prompts to train on have samples that are all equally good: they tell nothing "
+            "apart, and hold the policy to the prior alone"
+        )

@@ -97,8 +97,8 @@ class SampleSizeWatch:
         if metrics.get("brain/left_out") == 1 and not self._said_empty:
             self._said_empty = True
             self.say(
-                "warning: most_prior_gap leaves out every sample of this step, which teaches nothing: proposal and prior "
-                "are further apart. Raise it, or take samples of a model nearer to the prior (said once)"
+                "warning: most_prior_gap leaves out every sample of this step, which teaches nothing: proposal and "
+                "prior are further apart. Raise it, or take samples of a model nearer to the prior (said once)"
             )
         size = metrics.get("brain/ess")
         if size is None:
