@@ -31,6 +31,13 @@ def function_named(name: str, key: str) -> Callable[..., Any]:
     return _attribute(module, match["name"] or match["attribute"], name, key)
 
 
+def file_named(name: str) -> Path | None:
+    """The file in which a function or class of one's own stands, where it is named as FILE.py:NAME and is there."""
+    match = FUNCTION.fullmatch(name)
+    file = Path(match["file"]).expanduser().resolve() if match and match["file"] else None
+    return file if file and file.is_file() else None
+
+
 def _file(path: str, key: str) -> ModuleType:
     """The module in a file, under a name that no other has, so that it hides nothing and is found by pickle."""
     file = Path(path).expanduser().resolve()

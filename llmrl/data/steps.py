@@ -11,6 +11,7 @@ all of it. Nothing is tokenised again, and two questions have one answer each, b
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from llmrl.config.functions import function_named
 from llmrl.config.steps import NEWLINE, AnswerStepKeys
@@ -21,11 +22,17 @@ Segmenter = Callable[[str], list[str]]
 Decode = Callable[[Sequence[int]], str]
 
 
+TRIED_ANSWER = "17 + 25 = 42\nSo it is 42.\n\nAnswer: 42"
+
+
 def segmenter(keys: AnswerStepKeys) -> Segmenter:
-    """What divides answers. Raises RefusedError for an expression or a function that is none."""
+    """What divides answers. Raises RefusedError for an expression that is none, or a function that does not divide a
+    short answer on which it is tried."""
     if keys.step_function is None:
         return by_delimiter(keys.step_delimiter)
-    return by_function(function_named(keys.step_function, "step_function"), keys.step_function)
+    split = by_function(function_named(keys.step_function, "step_function"), keys.step_function)
+    split(TRIED_ANSWER)
+    return split
 
 
 def by_delimiter(pattern: str) -> Segmenter:
@@ -44,20 +51,21 @@ def by_delimiter(pattern: str) -> Segmenter:
     return split
 
 
-def by_function(function: Callable[[str], list[str]], name: str) -> Segmenter:
+def by_function(function: Callable[[str], Any], name: str) -> Segmenter:
     """The user's own, of which it is checked that it gives steps. Raises RefusedError where it does not."""
 
     def split(text: str) -> list[str]:
         try:
-            steps = list(function(text))
+            made = function(text)
+            steps = [] if made is None or isinstance(made, str) else list(made)
         except Exception as error:
             raise RefusedError(
                 f"step_function {name} raised {type(error).__name__}: {error} on {text!r:.200}"
             ) from error
         if not all(isinstance(step, str) for step in steps) or "".join(steps) != text:
             raise RefusedError(
-                f"step_function {name} must give the steps as texts that together are the answer; of {text!r:.200} it "
-                f"made {steps!r:.200}"
+                f"step_function {name} must give the list of the steps as texts that together are the answer; of "
+                f"{text!r:.200} it made {made!r:.200}"
             )
         return steps
 

@@ -47,6 +47,8 @@ class Run:
     """The whole checkpoint to go on from; None: from the start."""
     start_step: int
     """Steps done before this process: the checkpoint's step, or 0."""
+    kept_work: str | None
+    """What an attempt that starts anew in this directory takes up as it is, in words; None: nothing."""
 
     def __init__(self, config: RunKeys, checkpoint: Path | None) -> None:
         """Use `Run.open`, which checks the directory."""
@@ -56,6 +58,7 @@ class Run:
         self.interrupted = False
         self.training = False
         self.listens = False
+        self.kept_work = None
         self.checkpoint = checkpoint
         self._manifest = checkpoints.read_manifest(checkpoint) if checkpoint else {}
         self.start_step = int(self._manifest.get("step", 0))

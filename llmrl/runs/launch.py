@@ -115,7 +115,8 @@ def _ended(run: Run, status: Status, reason: str, code: int) -> int:
         same = "the same command with --resume_from_checkpoint latest"
         remedy = f"\n{newest} is whole; {same} goes on from it"
         if newest is None:
-            remedy = f"\nno checkpoint was written yet; {same} starts anew in the same directory"
+            kept = f" and takes up {run.kept_work}" if run.kept_work else ""
+            remedy = f"\nno checkpoint was written yet; {same} starts anew in the same directory{kept}"
         complain(f"{status}: {reason}{'' if '--resume_from_checkpoint' in reason else remedy}")
         try:
             run.close(status, reason)

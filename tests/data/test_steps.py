@@ -1,6 +1,7 @@
 """Steps of an answer: what closes one, and which of the sampled tokens belong to it."""
 
 import random
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -42,6 +43,9 @@ def test_what_gives_no_steps_is_refused() -> None:
         by_function(lambda text: [text[1:]], "mine:short")("abc")
     with pytest.raises(RefusedError, match=r"mine:broken raised ZeroDivisionError.*'abc'"):
         by_function(lambda text: [text][1 // 0], "mine:broken")("abc")
+    for made in (None, "abc", [1]):
+        with pytest.raises(RefusedError, match=f"must give the list of the steps.*it made {re.escape(repr(made))}"):
+            by_function(lambda text, made=made: made, "mine:odd")("abc")
 
 
 PIECES = ["", "8", " * ", "\n", "\n\n", "6\n4", " = ", "é", "48"]

@@ -42,7 +42,8 @@ def describe(config: DirectAdvantageConfig, world_size: int) -> dict[str, str | 
         "answers per round": f"{prompts} prompts x {config.samples_per_prompt}; {prompts} x {kept} are divided",
         "steps of an answer": steps,
         "states per round": f"at most {prompts * kept} answers {states}, equal ones once",
-        "completions per round": f"states x {completions}, each of up to {config.max_completion_length} tokens",
+        "completions per round": f"states x {completions}, each of up to {config.max_completion_length} tokens "
+        "less those of the state's own steps",
         "critic": f"{config.critic_epochs} epochs of {config.critic_states_per_step} states a step, judged on "
         f"{config.critic_validation:.0%} of the prompts",
         "actions": f"kept where advantages are {config.min_spread:g} apart; targets advantage / {config.beta:g} nats",

@@ -6,10 +6,10 @@ OUTPUT_DIR/rounds/round_N holds what each stage has left (`stage_files`):
     completions.jsonl   A.2  what followed each state, how often it ended right
     critic/             A.3  the model, value_head.safetensors, training.jsonl, reliability.json
     actions.jsonl       B.1  the states' actions: values, advantages, the reference's log-probabilities
-    stages.json              weights, data and configuration that the round began with; the stages' counts
+    stages.json              what the round began with: weights, data, configuration, functions; the stages' counts
 
 Invariants: what a round samples follows from its number, the seed and the weights; a checkpoint is left before a round
-begins, and it knows the weights of the round in which it stands.
+begins, and it knows the weights of the round in which it stands, and the functions that judged and divided it.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from llmrl.config.functions import file_named
 from llmrl.config.resolved import fingerprint
 from llmrl.data.order import rows_for_step
 from llmrl.data.steps import segmenter
@@ -34,7 +35,7 @@ from llmrl.rollout.protocol import row_seed
 from llmrl.runs.files import write_json
 from llmrl.trainers.direct_advantage import critic as critics
 from llmrl.trainers.direct_advantage.config import DirectAdvantageConfig
-from llmrl.trainers.direct_advantage.stage_files import Line, StageFolder, Tallies
+from llmrl.trainers.direct_advantage.stage_files import Line, StageFolder, Tallies, digest_of
 from llmrl.trainers.direct_advantage.stages import (
     Candidate,
     action_line,
@@ -63,15 +64,16 @@ class Rounds:
         self.learner, self.accelerator = sampled.learner, sampled.learner.accelerator
         self.split = segmenter(config)
         self.metrics: Tallies = {}
-        self._number, self._weights, self._groups = -1, "", list[Group]()
+        self._number, self._groups = -1, list[Group]()
+        self._begun_with: dict[str, Any] = {}
         self.accelerator.register_for_checkpointing(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: the weights with which the round began."""
-        return {"weights": self._weights}
+        """For the checkpoint: the weights and functions with which the round began."""
+        return self._begun_with
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self._weights = saved["weights"]
+        self._begun_with = saved
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -95,9 +97,11 @@ class Rounds:
     def _enter(self, number: int, step: int, begins: bool) -> None:
         if begins:
             self.sampled.session.checkpoint()
-            self._weights = from_first(self.accelerator, lambda: digest(self.learner))
+            self._begun_with = from_first(
+                self.accelerator, lambda: {"weights": digest(self.learner), "functions": own_functions(self.config)}
+            )
         identity = {
-            "weights": self._weights,
+            **self._begun_with,
             "dataset": self.sampled.task.data.fingerprint,
             "configuration": fingerprint(self.config),
         }
@@ -282,6 +286,14 @@ def digest(learner: Learner) -> str:
         found.update(name.encode())
         found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def own_functions(config: DirectAdvantageConfig) -> dict[str, str | None]:
+    """What the files of one's own hold that divide and judge answers, as digests: a round that a function has made is
+    not that of the function as it was mended."""
+    named = [config.environment, config.step_function, *(entry.function for entry in config.reward_keys().rewards)]
+    files = {name: file_named(name) for name in named if name is not None}
+    return {name: digest_of(file) for name, file in files.items() if file is not None}
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class StageFolder:
         is_ours = stored.get("identity") == self.identity
         damaged = [name for name in stored.get("stages", {}) if not self._is_as_written(name, stored)] if fresh else []
         if is_ours and not damaged:
+            self._say_kept(stored["stages"])
             return
         if not fresh:
             raise RunFailedError(
@@ -59,7 +60,8 @@ class StageFolder:
                 aside = self.path.with_name(f"{self.path.name}.superseded")
                 shutil.rmtree(aside, ignore_errors=True)
                 self.path.rename(aside)
-                why = f"{damaged[0]} is not as it was written" if is_ours else "it is of other weights, data or keys"
+                others = "it is of other weights, data, keys or functions"
+                why = f"{damaged[0]} is not as it was written" if is_ours else others
                 self.run.note(f"{self.path} is set aside as {aside}, and made anew: {why}")
             self.path.mkdir(parents=True)
             write_json(self.path / NOTES, {"identity": self.identity, "stages": {}, "digests": {}})
@@ -124,7 +126,15 @@ class StageFolder:
         stages = {other: its for other, its in stored["stages"].items() if not other.startswith(parts)}
         digests = {other: its for other, its in stored["digests"].items() if not other.startswith(parts)}
         digests[name] = digest_of(self.path / name)
-        write_json(self.path / NOTES, {**stored, "stages": {**stages, name: counts}, "digests": digests})
+        stages[name] = counts
+        write_json(self.path / NOTES, {**stored, "stages": stages, "digests": digests})
+        self._say_kept(stages)
+
+    def _say_kept(self, stages: dict[str, Tallies]) -> None:
+        """For whoever hears that the run ended before its first checkpoint."""
+        done = [f"parts of {name[1:].rpartition('.')[0]}" if name.startswith(".") else name for name in stages]
+        if done:
+            self.run.kept_work = f"what is done in {self.path}: {', '.join(dict.fromkeys(done))}"
 
     def _read(self, name: str) -> list[Line]:
         path = self.path / name

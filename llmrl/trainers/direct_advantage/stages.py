@@ -86,10 +86,12 @@ def states_of(
 ) -> tuple[list[Line], Tallies]:
     """The states of the answers that are kept, a prompt's equal states once; counts of what there was.
 
-    Raises RefusedError where no answer has more than one step.
+    Raises RefusedError where no answer has a reward, or none more than one step.
     """
     lines: list[Line] = []
     judged = [is_right(rollout, config.success_threshold) for group in groups for rollout in group.rollouts]
+    if not judged:
+        raise RefusedError(_nothing_judged(config))
     kept = [(group.number, number, a) for group in groups for number, a in enumerate(kept_answers(group, config))]
     seen: set[tuple[int, Action]] = set()
     whole = again = 0
@@ -109,14 +111,25 @@ def states_of(
             })  # fmt: skip
     if kept and whole == len(kept):
         named = config.step_function or f"step_delimiter {config.step_delimiter!r}"
+        row, _, longest = max(kept, key=lambda each: len(each[2].ids))
         raise RefusedError(
-            f"none of {whole} answers has more than one step by {named}, e.g. row {kept[0][0]}: "
-            f"{decode(kept[0][2].ids)!r:.200}. Remedy: another step_delimiter, or a prompt that asks for steps"
+            f"none of {whole} answers has more than one step by {named}; the longest, of row {row}: "
+            f"{decode(longest.ids)!r:.200}. Remedy: another step_delimiter, or a prompt that asks for steps"
         )
     return lines, {
         "answers": len(judged), "right": sum(judged) / max(len(judged), 1), "kept": len(kept), "of_one_step": whole,
         "states": len(lines), "states_again": again,
     }  # fmt: skip
+
+
+def _nothing_judged(config: DirectAdvantageConfig) -> str:
+    """Where every answer ended without a reward."""
+    names = ", ".join(entry.label for entry in config.reward_keys().rewards)
+    judge = f"the reward function {names}" if names else f"environment {config.environment}"
+    return (
+        f"no answer of the round has a reward, so that none is right or wrong: {judge} gave none a number. Remedy: one "
+        "that scores every answer, 0 where it is wrong"
+    )
 
 
 # -- A.2 -------------------------------------------------------------------------------------------------------------
