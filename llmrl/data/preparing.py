@@ -221,8 +221,8 @@ class Part(ABC, Generic[ReadT, TokensT]):
 
     def _batch(self, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
         read = [self.read(row) for row in rows]
-        made = map(self._kept, read, self.tokens(read), numbers)
-        kept = [row for row in made if row is not None]
+        parts = zip(read, self.tokens(read), numbers, strict=True)
+        kept = [made for part in parts if (made := self._kept(*part)) is not None]
         self.note(kept)
         return kept
 
