@@ -52,7 +52,10 @@ def groups_of(prompts: list[list[int]], found: list[list[Completion]]) -> list[R
         for s, sample in enumerate(samples):
             end = len(prompt) + len(sample.token_ids)
             turn = Turn(0, len(prompt), end, sample.logprobs, sample.finish_reason, 0)
-            row = Rollout(number + 1, s, 0, [prompt + sample.token_ids], [turn], [], 0, "completed", reward=s % 2)
+            row = Rollout(
+                row=number + 1, sample=s, seed=0, pieces=[prompt + sample.token_ids], turns=[turn], messages=[],
+                opening=0, end_state="completed", reward=s % 2,
+            )  # fmt: skip
             rollouts.append(row)
         groups.append(RolloutGroup(number + 1, {}, rollouts))
     return groups

@@ -17,5 +17,11 @@ def shared_data() -> Path:
 
 
 @pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process do not draw their report, which takes longer than training a tiny model."""
+    monkeypatch.setattr("llmrl.runs.report.write_report", lambda directory: directory)
+
+
+@pytest.fixture
 def draw() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -169,7 +169,18 @@ class Episode:
         """The record of what was played."""
         pieces = [] if self.dialogue is None else [piece.token_ids for piece in self.dialogue.pieces()]
         messages = [] if self.dialogue is None else self.dialogue.messages
-        return Rollout(row, sample, self.seed, pieces, self.turns, messages, self.opening, end, error, seconds=seconds)
+        return Rollout(
+            row=row,
+            sample=sample,
+            seed=self.seed,
+            pieces=pieces,
+            turns=self.turns,
+            messages=messages,
+            opening=self.opening,
+            end_state=end,
+            error=error,
+            seconds=seconds,
+        )
 
 
 def _was_cancelled() -> bool:

@@ -42,7 +42,7 @@ class Turn:
     given: int = 0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rollout:
     """One episode of one data row (numbered from 1): `pieces` are token ids, `messages` all that was said.
 

@@ -6,23 +6,11 @@ import pytest
 from support.forked import begin, begin_two_ranks, ended
 from support.learning import gain
 from support.online_run import write_online_config
-from support.recipe_run import final_weights, launch, metrics
+from support.recipe_run import final_weights, launch, metrics, run_method
 
 from llmrl.runs import checkpoints
-from llmrl.runs.launch import run_command
-from llmrl.trainers.brain import iterated as brain
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes longer than these runs."""
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda directory: directory)
-
-
-def run(config: Path, *arguments: str) -> int:
-    return run_command(brain.Config, brain.describe, brain.train, ["--config", str(config), *arguments])
 
 
 def test_the_tiny_preset_teaches_the_starter_to_carry(tmp_path: Path) -> None:
@@ -35,11 +23,11 @@ def test_the_tiny_preset_teaches_the_starter_to_carry(tmp_path: Path) -> None:
 
 def test_killed_within_an_update_and_resumed_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     config = write_online_config(tmp_path, save_steps=1, max_steps=3, prompts_per_update=2, truncated_samples="keep")
-    assert run(config) == 0
+    assert run_method("brain", config) == 0
     beside = ("--output_dir", str(tmp_path / "killed"))
     assert ended(begin("brain", config, *beside, dies=("update", 7))) == -9
     assert getattr(checkpoints.latest(tmp_path / "killed"), "name", None) == "step_1"
-    assert run(config, *beside, "--resume_from_checkpoint", "latest") == 0
+    assert run_method("brain", config, *beside, "--resume_from_checkpoint", "latest") == 0
     assert final_weights(tmp_path / "killed") == final_weights(tmp_path / "run")
 
 
@@ -47,7 +35,7 @@ def test_two_ranks_follow_the_curve_of_one_also_in_two_passes(tmp_path: Path) ->
     config = write_online_config(
         tmp_path, max_steps=2, prompts_per_update=2, truncated_samples="keep", tokens_per_microbatch=24, eval_rows=0
     )
-    assert run(config) == 0
+    assert run_method("brain", config) == 0
     processes = begin_two_ranks("brain", config, "--output_dir", str(tmp_path / "two"))
     assert [ended(process) for process in processes] == [0, 0]
     for one, two in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):

@@ -4,10 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.online_run import evals
-from support.recipe_run import ROOT
-
-from llmrl.runs.launch import run_command
-from llmrl.trainers.direct_advantage import method as direct_advantage
+from support.recipe_run import ROOT, run_method
 
 pytestmark = pytest.mark.slow
 
@@ -18,11 +15,9 @@ def test_a_round_of_the_tiny_preset_teaches_the_starter_to_carry(
     """Half of the preset's first round. Of 200 greedy answers two thirds are right before; 15 points are more than four
     standard errors, and a policy that does not move gives the same answers."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda directory: directory)
     smaller = ("--rounds", "1", "--max_steps", "8", "--prompts_per_round", "40", "--eval_rows", "200")
-    words = ["--config", "recipes/direct_advantage/tiny.yaml", "--output_dir", str(tmp_path / "run"), *smaller]
-    module = direct_advantage
-    assert run_command(module.Config, module.describe, module.train, words) == 0
+    config = Path("recipes/direct_advantage/tiny.yaml")
+    assert run_method("direct_advantage", config, "--output_dir", str(tmp_path / "run"), *smaller) == 0
     before, after = (
         entry["metrics"]["correct_number"] for entry in evals(tmp_path / "run") if entry["name"] == "heldout"
     )

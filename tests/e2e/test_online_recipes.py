@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from support.fake_vllm import FakeServer
 from support.forked import begin, begin_two_ranks, ended, finish
 from support.models import make_tiny_model
-from support.online_run import REWARD, evals, run_online, sleepy_config, write_online_config
-from support.recipe_run import final_weights, launch, metrics, wait_for
+from support.online_run import REWARD, evals, sleepy_config, write_online_config
+from support.recipe_run import final_weights, launch, metrics, run_method, wait_for
 from support.words import WORDS, word_tokenizer
 
 import llmrl.runs.report
@@ -40,12 +40,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes longer than these runs."""
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Of each method a folder with a configuration and its run that nothing happened to; made once."""
@@ -56,7 +50,7 @@ def uninterrupted(method: str, folder: Path) -> Path:
     config = write_online_config(folder, max_steps=6, save_steps=2, eval_steps=3, **SETTINGS[method])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
-        assert run_online(method, config) == 0
+        assert run_method(method, config) == 0
     return folder
 
 
@@ -94,7 +88,7 @@ def test_a_whole_run_and_its_repetition_from_its_own_config(tmp_path: Path) -> N
     assert left <= {file.name for file in run.iterdir()}
     assert sorted(file.name for file in (run / "rollouts").iterdir()) == [f"step_{n}.jsonl" for n in (1, 2, 3)]
     again, arguments = beside(tmp_path, "again")
-    assert run_online("loop", run / "config.yaml", *arguments) == 0
+    assert run_method("loop", run / "config.yaml", *arguments) == 0
     assert_same(again, run)
 
 
@@ -112,7 +106,7 @@ def test_killed_at_a_random_moment_and_resumed_it_ends_as_if_nothing_had_been(
     time.sleep(random.uniform(0, 0.5))
     process.kill()
     assert ended(process) in (-signal.SIGKILL, 0)  # on a fast machine it may have come to its end
-    assert run_online(method, folder / "config.yaml", *arguments, *RESUME) == 0
+    assert run_method(method, folder / "config.yaml", *arguments, *RESUME) == 0
     assert_same(run, folder / "run")
 
 
@@ -136,7 +130,7 @@ def test_killed_in_any_phase_and_resumed_it_ends_as_if_nothing_had_been(
     assert ended(begin(method, config, *arguments, dies=(phase, number))) == -signal.SIGKILL
     found = checkpoints.latest(run)
     assert (found and found.name) == newest
-    assert run_online(method, config, *arguments, *RESUME) == 0
+    assert run_method(method, config, *arguments, *RESUME) == 0
     assert_same(run, folder / "run")
 
 
@@ -156,9 +150,9 @@ def test_a_signal_in_a_long_phase_leaves_the_steps_before_and_the_run_goes_on(
     assert (summary["status"], summary["steps"]) == ("interrupted", 2)
     assert phase in summary["reason"]
     assert (run / "checkpoints" / "step_2" / "manifest.json").exists()
-    assert run_online("loop", config, *RESUME) == 0
+    assert run_method("loop", config, *RESUME) == 0
     reference, arguments = beside(tmp_path, "reference")
-    assert run_online("loop", config, *arguments) == 0
+    assert run_method("loop", config, *arguments) == 0
     assert_same(run, reference)  # the evaluation that was given up is made again
 
 
@@ -195,7 +189,7 @@ def picky_config(tmp_path: Path, **settings: Any) -> Path:
 
 def test_two_processes_follow_the_curve_of_one_even_where_one_of_them_has_nothing_to_compute(tmp_path: Path) -> None:
     config = picky_config(tmp_path)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     spread, arguments = beside(tmp_path, "spread")
     finish("loop", config, *arguments, launcher="cpu_ddp")
     assert results(spread)["rollouts"] == results(tmp_path / "run")["rollouts"]
@@ -246,7 +240,7 @@ def test_ppo_under_zero2_follows_the_curve_of_one_process_through_the_critics_wa
         tmp_path, critic_warmup=2, value_learning_rate=1e-2, value_coef=1.0, max_grad_norm=0.1, max_steps=4,
         epochs_per_step=1, weight_decay=0.1, eval_rows=0,
     )  # fmt: skip
-    assert run_online("ppo", config) == 0
+    assert run_method("ppo", config) == 0
     spread, arguments = beside(tmp_path, "spread")
     zero2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
     assert [ended(rank) for rank in begin_two_ranks("ppo", config, *arguments, environment=zero2)] == [0, 0]
@@ -307,7 +301,7 @@ def test_with_vllm_and_an_adapter_the_reward_rises_and_the_sampler_is_never_stal
     """An adapter leaves the output layer alone, and so needs a higher rate. All weights learn in test_tiny_recipes."""
     own = {"samples_per_prompt": 8, "temperature": 0.1, "learning_rate": 3e-2, "max_steps": 12}
     config = wide_config(tmp_path, engine={"kind": "vllm"}, use_peft=True, **own)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     assert_learned(tmp_path / "run", 12)
 
 
@@ -324,7 +318,7 @@ def test_rollouts_one_step_ahead_survive_a_failure_and_a_kill_and_are_never_olde
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = wide_config(tmp_path, engine={"kind": "vllm"}, max_staleness=1, max_steps=5, save_steps=1, eval_steps=2)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     for number, line in enumerate(metrics(tmp_path / "run"), 1):
         rollouts = (tmp_path / "run" / "rollouts" / f"step_{number}.jsonl").read_text().splitlines()
         versions = {version for rollout in rollouts for version in json.loads(rollout)["policy_versions"]}
@@ -334,18 +328,18 @@ def test_rollouts_one_step_ahead_survive_a_failure_and_a_kill_and_are_never_olde
     broken, arguments = beside(tmp_path, "broken")
     with monkeypatch.context() as patch:
         patch.setattr(Experience, "train", _raises_in_call(Experience.train, 4))
-        assert run_online("loop", config, *arguments) == 1
+        assert run_method("loop", config, *arguments) == 1
     assert checkpoints.latest(broken) == broken / "checkpoints" / "step_3"
     sampled = (broken / "rollouts" / "step_4.jsonl").read_text()
     (broken / "rollouts" / "step_4.jsonl").unlink()
-    assert run_online("loop", config, *arguments, *RESUME) == 0
+    assert run_method("loop", config, *arguments, *RESUME) == 0
     assert (broken / "rollouts" / "step_4.jsonl").read_text() == sampled
     assert_same(broken, tmp_path / "run")
 
     killed, arguments = beside(tmp_path, "killed")
     assert ended(begin("loop", config, *arguments, dies=("update", 5)), 300) == -signal.SIGKILL
     assert checkpoints.latest(killed) == killed / "checkpoints" / "step_2"  # two updates a step
-    assert run_online("loop", config, *arguments, *RESUME) == 0
+    assert run_method("loop", config, *arguments, *RESUME) == 0
     assert_same(killed, tmp_path / "run")
 
 

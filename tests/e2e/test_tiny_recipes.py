@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 from support.learning import SEEDS, assert_rises, assert_rises_on, gain, run_preset
-from support.online_run import run_online
-from support.recipe_run import ROOT, metrics
+from support.recipe_run import ROOT, metrics, run_method
 
-import llmrl.runs.report
 from llmrl import models
 from llmrl.rollout.vllm_launch import ServerProcess
 from llmrl.runs import checkpoints
@@ -30,7 +28,6 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 def _at_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """Presets name their data from the project's root. Drawing a report takes longer than some of these runs."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
 
 
 @pytest.mark.parametrize("method", STEPS)
@@ -88,7 +85,7 @@ def test_with_a_vllm_server_as_well_and_where_it_dies_the_run_ends_with_a_checkp
             *words,
         )
         capsys.readouterr()
-        assert run_online("loop", ROOT / "recipes/loop/tiny.yaml", *words) == 1
+        assert run_method("loop", ROOT / "recipes/loop/tiny.yaml", *words) == 1
     said = capsys.readouterr().err
     assert server.url in said
     newest = tmp_path / "killed" / "checkpoints" / f"step_{len(metrics(tmp_path / 'killed'))}"

@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.learning import gain
-from support.recipe_run import ROOT, launch, metrics
-
-import llmrl.runs.report
-from llmrl.runs.launch import run_command
-from llmrl.trainers.vpo import online as vpo_online
+from support.recipe_run import ROOT, launch, metrics, run_method
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +22,7 @@ def test_the_tiny_preset_prefers_right_answers_and_keeps_them_likely(tmp_path: P
 
 def test_rounds_of_pairs_teach_the_starter_to_carry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
     short = ("--max_steps", "7", "--eval_rows", "100", "--output_dir", str(tmp_path / "run"))
-    words = ["--config", "recipes/vpo/online.yaml", *short]
-    assert run_command(vpo_online.Config, vpo_online.describe, vpo_online.train, words) == 0
+    assert run_method("vpo_online", Path("recipes/vpo/online.yaml"), *short) == 0
     assert gain(tmp_path / "run", "correct_number") > 0.1  # from two thirds; of what chance may do it is twice the most
     assert all(line["alpha"] > 0 for line in metrics(tmp_path / "run"))

@@ -23,3 +23,8 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
         pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
     yield mount
     subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_report(no_report: None) -> None:
+    """See `no_report`."""

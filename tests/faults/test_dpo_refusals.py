@@ -3,19 +3,15 @@
 import json
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.recipe_run import make_pairs, write_config
+from support.recipe_run import make_pairs, run_method, write_config
 from transformers import AutoTokenizer
 
-from llmrl.runs.launch import run_command
-from llmrl.trainers.dpo import DPOConfig, describe, train
-
-
-def run(config: Path, *arguments: str) -> int:
-    return run_command(DPOConfig, describe, train, ["--config", str(config), *arguments])
+run = partial(run_method, "dpo")
 
 
 def refusal(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str) -> str:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from support.online_run import METHODS, REWARD, run_online, write_online_config
-from support.recipe_run import metrics
+from support.online_run import METHODS, REWARD, write_online_config
+from support.recipe_run import metrics, run_method
 
-import llmrl.runs.report
 import llmrl.trainers.setup
 from llmrl.errors import RefusedError
 from llmrl.learner.sharding import PlainBackend
@@ -22,16 +21,10 @@ from llmrl.trainers.online.engines import left_for_servers
 Said = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes longer than these runs."""
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
-
-
 def ended(capsys: Said, config: Path, *arguments: str, code: int, method: str = "loop") -> str:
     """What a run that ends with this code says."""
     capsys.readouterr()
-    assert run_online(method, config, *arguments) == code
+    assert run_method(method, config, *arguments) == code
     captured = capsys.readouterr()
     assert "Traceback (most" not in captured.err.partition("raised:")[0]
     return captured.err if code else captured.out
@@ -127,7 +120,7 @@ def test_a_reward_function_that_breaks_ends_the_run_with_its_name_and_the_steps_
 
 
 def test_completions_without_a_score_are_left_out_and_counted(tmp_path: Path) -> None:
-    assert run_online("loop", rewarded(tmp_path, "some_nan", max_steps=2)) == 0
+    assert run_method("loop", rewarded(tmp_path, "some_nan", max_steps=2)) == 0
     for line in metrics(tmp_path / "run"):
         assert (line["rollouts"], line["rollout/left_out"]) == (8, 8)
         assert line["updates"] >= 1
@@ -190,9 +183,9 @@ def verbose(completions, log_extra, **columns):
     assert checkpoints.latest(run) == run / "checkpoints" / "step_2"
     assert sorted(file.name for file in (run / "rollouts").iterdir()) == ["step_1.jsonl", "step_2.jsonl"]
     (tmp_path / "mended").touch()
-    assert run_online("loop", config, "--resume_from_checkpoint", "latest") == 0
+    assert run_method("loop", config, "--resume_from_checkpoint", "latest") == 0
     whole = tmp_path / "whole"
-    assert run_online("loop", config, "--output_dir", str(whole)) == 0
+    assert run_method("loop", config, "--output_dir", str(whole)) == 0
     assert rows_of(run / "rollouts" / "step_3.jsonl") == rows_of(whole / "rollouts" / "step_3.jsonl")
 
 
@@ -269,7 +262,7 @@ def test_an_environment_that_breaks_ends_the_run_where_that_was_asked_for(
 
 
 def test_an_environment_that_breaks_once_is_tried_again(tmp_path: Path) -> None:
-    assert run_online("loop", acting(tmp_path, "raises", "once", rollout={"on_error": "retry"})) == 0
+    assert run_method("loop", acting(tmp_path, "raises", "once", rollout={"on_error": "retry"})) == 0
     lines = metrics(tmp_path / "run")
     assert [line.get("rollout/retried", 0) for line in lines] == [1, 0, 0, 0]
     assert {line["rollouts"] for line in lines} == {16}
@@ -281,7 +274,7 @@ def test_an_environment_that_goes_on_breaking_ends_the_run_after_its_retries(tmp
 
 
 def test_broken_rollouts_are_left_out_and_counted_where_that_was_asked_for(tmp_path: Path) -> None:
-    assert run_online("loop", acting(tmp_path, "raises", "once", rollout={"on_error": "accept"})) == 0
+    assert run_method("loop", acting(tmp_path, "raises", "once", rollout={"on_error": "accept"})) == 0
     first, *others = metrics(tmp_path / "run")
     assert (first["rollouts"], first["rollout/left_out"], first["rollout/error-abort"]) == (15, 1, 1)
     assert {line["rollouts"] for line in others} == {16}
@@ -296,7 +289,7 @@ def test_an_environment_that_never_ends_is_ended_by_max_turns(tmp_path: Path, ca
 
 
 def test_an_environment_that_cannot_be_closed_is_counted(tmp_path: Path) -> None:
-    assert run_online("loop", acting(tmp_path, "close", "each", max_steps=1)) == 0
+    assert run_method("loop", acting(tmp_path, "close", "each", max_steps=1)) == 0
     assert metrics(tmp_path / "run")[0]["rollout/close_failed"] == 16
 
 
@@ -347,7 +340,7 @@ def with_infinite_gradients(patch: pytest.MonkeyPatch, updates: range) -> None:
 def test_updates_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_infinite_gradients(monkeypatch, range(3, 5))
     config = write_online_config(tmp_path, most_skipped_updates=3)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     lines = metrics(tmp_path / "run")
     assert [line["skipped_updates"] for line in lines] == [0, 2, 0, 0]
     assert [line["updates"] for line in lines] == [2, 2, 2, 2]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from support.forked import begin, begin_two_ranks, ended
-from support.online_run import evals, run_online, sleepy_config
-from support.recipe_run import metrics, wait_for
+from support.online_run import evals, sleepy_config
+from support.recipe_run import metrics, run_method, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -43,5 +43,5 @@ def test_a_signal_during_the_first_evaluation_is_heard_by_the_rollouts(tmp_path:
     assert ended(process, 30) == 75
     assert (summary(tmp_path)["status"], summary(tmp_path)["steps"]) == ("interrupted", 0)
     assert "held-out rows" in summary(tmp_path)["reason"]
-    assert run_online("loop", config, "--resume_from_checkpoint", "latest") == 0
+    assert run_method("loop", config, "--resume_from_checkpoint", "latest") == 0
     assert [entry["step"] for entry in evals(tmp_path / "run")] == [0, 4]

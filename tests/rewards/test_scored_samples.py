@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.pairs import assistant, keys, user
 from support.recipe_run import ROOT, make_model
+from support.rollouts import rollout, turn
 from support.words import WORDS, word_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from llmrl.learner.learner import Learner
 from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import completion
 from llmrl.rewards.scored_samples import scored_row, scored_rows_of_run, write_rows
-from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
+from llmrl.rollout.trajectory import Rollout, RolloutGroup
 
 REWARD = "def words(completions, level, **columns):\n    return [None if l == 3 else float(l) for l in level]\n"
 
@@ -71,20 +72,17 @@ def test_an_unreadable_prompt_is_refused_and_leaves_no_file(tmp_path: Path) -> N
 # -- rollouts ----------------------------------------------------------------------------------------------------------
 
 
-def rollout(number: int, said: str, reward: float | None, turns: int = 1, **changed: Any) -> Rollout:
-    turn = Turn(0, 2, 4, [-0.5, -0.123456789], "stop", 0)
-    given: dict[str, Any] = {
-        "row": 1, "sample": number, "seed": 0, "pieces": [[7, 8, 9, 3]], "turns": [turn] * turns,
-        "messages": [user("red blue"), assistant(said)], "opening": 1, "end_state": "completed", "reward": reward,
-    }  # fmt: skip
-    return Rollout(**{**given, **changed})
+def played(number: int, said: str, reward: float | None, turns: int = 1, **fields: Any) -> Rollout:
+    spoken = [turn(2, 4, logprobs=[-0.5, -0.123456789])] * turns
+    words = {"messages": [user("red blue"), assistant(said)], "opening": 1}
+    return rollout([[7, 8, 9, 3]], spoken, reward, sample=number, **words, **fields)
 
 
 def test_rollouts_of_a_prompt_are_a_row() -> None:
-    cut = rollout(1, "two", None, end_state="truncated-length")
-    broken = rollout(2, "", None, turns=0, end_state="error-abort")
+    cut = played(1, "two", None, end_state="truncated-length")
+    broken = played(2, "", None, turns=0, end_state="error-abort")
     row = {"prompt": "red blue", "answer": "1", "rewards": "a column of that name gives way"}
-    group = RolloutGroup(1, row, [rollout(0, "one", 0.5, penalty=-0.25), cut, broken])
+    group = RolloutGroup(1, row, [played(0, "one", 0.5, penalty=-0.25), cut, broken])
     tokenizer = word_tokenizer()
     spoken = scored_row(group, tokenizer)
     assert spoken is not None
@@ -99,15 +97,15 @@ def test_rollouts_of_a_prompt_are_a_row() -> None:
 
 def test_several_turns_are_no_completion(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="the rollouts of row 1: 2 turns"):
-        scored_row(RolloutGroup(1, {}, [rollout(0, "one", 1.0, turns=2)]), word_tokenizer())
+        scored_row(RolloutGroup(1, {}, [played(0, "one", 1.0, turns=2)]), word_tokenizer())
 
 
 def test_a_runs_file_of_rollouts_becomes_rows(tmp_path: Path) -> None:
     file = tmp_path / "step_1.jsonl"
     rollouts = [
-        rollout(0, "one", 1.0),
-        rollout(1, "two", 0.0, end_state="truncated-length"),
-        rollout(0, "six", 0, row=2),
+        played(0, "one", 1.0),
+        played(1, "two", 0.0, end_state="truncated-length"),
+        played(0, "six", 0, row=2),
     ]
     write_rows(file, (r.record(word_tokenizer().decode) for r in rollouts))
     source = [{"prompt": "red blue", "answer": "1"}, {"prompt": "green", "answer": "6"}]

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from support.online_run import evals, run_online
-from support.recipe_run import ROOT, launch
+from support.online_run import evals
+from support.recipe_run import ROOT, launch, run_method
 
 SEEDS = (0, 1, 2)
 T_975 = 4.303
@@ -22,7 +22,7 @@ def run_preset(method: str, preset: str, run: Path, seed: int, *further: str, la
         done = launch(method, "cpu", "--config", *own)
         assert done.returncode == 0, done.stderr[-2000:]
     else:
-        assert run_online(method, ROOT / own[0], *own[1:]) == 0
+        assert run_method(method, ROOT / own[0], *own[1:]) == 0
     return run
 
 

@@ -10,7 +10,6 @@ import yaml
 from support.recipe_run import make_model
 from support.words import WORDS
 
-from llmrl.runs.launch import run_command
 from llmrl.trainers import loop, pf_ppo, ppo, rlsp
 
 METHODS: dict[str, ModuleType] = {"loop": loop, "ppo": ppo, "rlsp": rlsp, "pf_ppo": pf_ppo}
@@ -68,12 +67,6 @@ def write_online_config(tmp: Path, name: str = "config.yaml", **settings: Any) -
     file = tmp / name
     file.write_text(yaml.safe_dump(given))
     return file
-
-
-def run_online(method: str, config: Path, *arguments: str) -> int:
-    """Run in this process; returns the exit code."""
-    module = METHODS[method]
-    return run_command(module.Config, module.describe, module.train, ["--config", str(config), *arguments])
 
 
 def evals(run: Path) -> list[dict[str, Any]]:

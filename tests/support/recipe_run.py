@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
 from support.models import make_tiny_model
 from support.words import WORDS, word_tokenizer
+
+from llmrl.runs.launch import run_command
+from llmrl.trainers import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +69,12 @@ def launch_command(recipe: str, launcher: str, *arguments: str) -> list[str]:
     config = str(ROOT / "launch" / "accelerate" / f"{launcher}.yaml")
     script = str(ROOT / "recipes" / recipe / "run.py")
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script, *arguments]
+
+
+def run_method(method: str, config: Path, *words: str) -> int:
+    """Run a method in this process, as its recipe does; returns the exit code."""
+    module = import_module(METHODS[method])
+    return run_command(module.Config, module.describe, module.train, ["--config", str(config), *words])
 
 
 def environment() -> dict[str, str]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from support.groups import random_pairs
 from support.online_run import write_online_config
-from support.recipe_run import make_model, metrics, write_config
+from support.recipe_run import make_model, metrics, run_method, write_config
 from support.scoring import assert_same_step, tiny_learner
 from support.words import WORDS
 from torch import Tensor
@@ -23,18 +23,10 @@ from torch import Tensor
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group
 from llmrl.objectives.brain import BRAIn
-from llmrl.runs.launch import run_command
-from llmrl.trainers import dpo
 from llmrl.trainers.brain import iterated as brain
 from llmrl.trainers.brain import offline as brain_offline
 from llmrl.trainers.brain import update as brain_update
 from llmrl.trainers.brain.update import SampleSizeWatch, heldout_metrics, improve, measured
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report takes longer than a short run's training."""
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
 
 
 def prompts(learner: Learner, with_prior: bool) -> list[Group]:
@@ -143,10 +135,6 @@ def write_offline(tmp: Path, name: str = "offline", samples: int = 4, **settings
     return tmp / f"{name}.yaml"
 
 
-def run(module: Any, config: Path, *arguments: str) -> int:
-    return run_command(module.Config, module.describe, module.train, ["--config", str(config), *arguments])
-
-
 def test_two_samples_of_the_prior_and_a_low_temperature_are_dpo(tmp_path: Path) -> None:
     draw = random.Random(1)
 
@@ -161,9 +149,9 @@ def test_two_samples_of_the_prior_and_a_low_temperature_are_dpo(tmp_path: Path) 
     config = write_config(
         tmp_path, dataset_name=str(tmp_path / "pairs.jsonl"), output_dir=str(tmp_path / "dpo"), beta=1.0, **same
     )
-    assert run(dpo, config) == 0
+    assert run_method("dpo", config) == 0
     ours = write_offline(tmp_path, beta=1e-3, **same)
-    assert run(brain_offline, ours, "--dataset_name", str(tmp_path / "scored.jsonl")) == 0
+    assert run_method("brain_offline", ours, "--dataset_name", str(tmp_path / "scored.jsonl")) == 0
     for found, expected in zip(metrics(tmp_path / "offline"), metrics(tmp_path / "dpo"), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
@@ -175,7 +163,7 @@ def test_two_samples_of_the_prior_and_a_low_temperature_are_dpo(tmp_path: Path) 
 
 
 def test_offline_the_divergence_falls_and_the_expected_reward_rises(tmp_path: Path) -> None:
-    assert run(brain_offline, write_offline(tmp_path, beta=0.2, max_steps=12)) == 0
+    assert run_method("brain_offline", write_offline(tmp_path, beta=0.2, max_steps=12)) == 0
     before, after = (entry["metrics"] for entry in json.loads((tmp_path / "offline" / "evals.json").read_text()))
     assert before["brain/prior_log_ratio"] == 0
     assert after["loss"] < before["loss"]
@@ -187,17 +175,17 @@ def test_offline_the_divergence_falls_and_the_expected_reward_rises(tmp_path: Pa
 
 def test_offline_with_the_files_own_proposal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The prior gives these samples other probabilities than the file's: the weights see it, and it is said."""
-    assert run(brain_offline, write_offline(tmp_path, max_steps=1, proposal="behaviour")) == 0
+    assert run_method("brain_offline", write_offline(tmp_path, max_steps=1, proposal="behaviour")) == 0
     assert "they are another model's" not in capsys.readouterr().out
-    assert run(brain_offline, write_offline(tmp_path, "prior", max_steps=1)) == 0
+    assert run_method("brain_offline", write_offline(tmp_path, "prior", max_steps=1)) == 0
     assert "they are another model's, or of another temperature" in capsys.readouterr().out
     first, other = metrics(tmp_path / "offline")[0], metrics(tmp_path / "prior")[0]
     assert first["brain/ess"] != pytest.approx(other["brain/ess"], rel=1e-3)
 
 
 def test_offline_in_small_micro_batches_ends_with_the_same_weights(tmp_path: Path) -> None:
-    assert run(brain_offline, write_offline(tmp_path, max_steps=3)) == 0
-    assert run(brain_offline, write_offline(tmp_path, "small", max_steps=3, tokens_per_microbatch=24)) == 0
+    assert run_method("brain_offline", write_offline(tmp_path, max_steps=3)) == 0
+    assert run_method("brain_offline", write_offline(tmp_path, "small", max_steps=3, tokens_per_microbatch=24)) == 0
     for line, other in zip(metrics(tmp_path / "offline"), metrics(tmp_path / "small"), strict=True):
         assert line.keys() == other.keys()
         assert line["loss"] == pytest.approx(other["loss"], abs=1e-5)
@@ -223,7 +211,7 @@ def test_what_cannot_be_compared_is_refused(
     row = {"prompt": "red", "completions": [" one", " two"], "rewards": [1, 0], "logprobs": [-1.0, -1.0], **changed}
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    assert run(brain_offline, config) == 2
+    assert run_method("brain_offline", config) == 2
     message = capsys.readouterr().err
     assert [word for word in ["samples.jsonl", *words] if word not in message] == []
     assert not (tmp_path / "offline").exists()
@@ -239,11 +227,11 @@ def write_iterated(tmp: Path, **settings: Any) -> Path:
 
 def test_a_resumed_run_is_the_whole_one(tmp_path: Path) -> None:
     config = write_iterated(tmp_path, save_steps=2, use_peft=True)
-    assert run(brain, config) == 0
+    assert run_method("brain", config) == 0
     whole = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     weights = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     step_2 = str(tmp_path / "run" / "checkpoints" / "step_2")
-    assert run(brain, config, "--resume_from_checkpoint", step_2) == 0
+    assert run_method("brain", config, "--resume_from_checkpoint", step_2) == 0
     again = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     for line, other in zip(map(json.loads, whole), metrics(tmp_path / "run"), strict=True):
@@ -266,7 +254,7 @@ def test_the_first_update_of_a_first_step_is_on_the_prior(tmp_path: Path, monkey
         return seen[-1]
 
     monkeypatch.setattr(brain_update, "improve", noted)
-    assert run(brain, write_iterated(tmp_path, max_steps=1)) == 0
+    assert run_method("brain", write_iterated(tmp_path, max_steps=1)) == 0
     assert len(seen) == 4
     assert seen[0]["brain/prior_log_ratio"] == pytest.approx(0, abs=1e-5)
     assert abs(seen[-1]["brain/prior_log_ratio"]) > 1e-4
@@ -274,7 +262,7 @@ def test_the_first_update_of_a_first_step_is_on_the_prior(tmp_path: Path, monkey
 
 def test_a_reward_model_without_a_scalar_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_model(tmp_path / "model")
-    assert run(brain, write_iterated(tmp_path, rewards=[str(tmp_path / "model")])) == 2
+    assert run_method("brain", write_iterated(tmp_path, rewards=[str(tmp_path / "model")])) == 2
     assert "is no reward model" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

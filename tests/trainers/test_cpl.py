@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.forked import finish, signalled
-from support.recipe_run import final_weights, metrics, write_config
+from support.recipe_run import final_weights, metrics, run_method, write_config
 from support.words import FIRST, WORDS
 
-import llmrl.runs.report
-from llmrl.runs.launch import run_command
-from llmrl.trainers import cpl, dpo
+from llmrl.trainers import cpl
 from llmrl.trainers.offline.run import OfflineRun
 
 OTHERS = WORDS[6:]
-
-
-@pytest.fixture(autouse=True)
-def _without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
 
 
 def configured(tmp: Path, **settings: Any) -> Path:
@@ -36,8 +30,7 @@ def configured(tmp: Path, **settings: Any) -> Path:
     return file
 
 
-def run(config: Path, *words: str) -> int:
-    return run_command(cpl.CPLConfig, cpl.describe, cpl.train, ["--config", str(config), *words])
+run = partial(run_method, "cpl")
 
 
 def make_segments(file: Path, count: int = 40) -> Path:
@@ -80,8 +73,7 @@ def make_scored(file: Path, count: int = 30) -> Path:
 
 def test_cpl_kl_with_lambda_1_is_dpo_where_segments_start_alike(tmp_path: Path) -> None:
     dpo_config = write_config(tmp_path, output_dir=str(tmp_path / "dpo"), max_steps=5, warmup_ratio=0.2)
-    words = ["--config", str(dpo_config)]
-    assert run_command(dpo.DPOConfig, dpo.describe, dpo.train, words) == 0
+    assert run_method("dpo", dpo_config) == 0
     config = configured(tmp_path, max_steps=5, warmup_ratio=0.2, variant="cpl_kl", lam=1, alpha=0.1, bc_steps=0)
     assert run(config) == 0
     for ours, theirs in zip(metrics(tmp_path / "run"), metrics(tmp_path / "dpo"), strict=True):

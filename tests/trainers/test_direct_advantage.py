@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 from support.forked import finish, launched, signalled
 from support.models import make_tiny_model
 from support.online_run import write_online_config
-from support.recipe_run import final_weights, metrics
+from support.recipe_run import final_weights, metrics, run_method
+from support.rollouts import rollout, turn
 
 from llmrl.config import ModelKeys
 from llmrl.data.steps import by_delimiter, segmenter
@@ -25,8 +27,7 @@ from llmrl.learner.learner import Learner
 from llmrl.learner.loading import load_model
 from llmrl.learner.options import LearnerOptions
 from llmrl.objectives.direct_advantage import DirectAdvantage
-from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
-from llmrl.runs.launch import run_command
+from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.trainers.direct_advantage import critic as critics
 from llmrl.trainers.direct_advantage import method as direct_advantage
 from llmrl.trainers.direct_advantage import rounds, stage_files, stages
@@ -47,9 +48,8 @@ def config(**settings: Any) -> DirectAdvantageConfig:
 
 
 def answer(ids: list[int], reward: float, row: int = 1, given: int = 0) -> Rollout:
-    prompt = [7, 7]
-    turn = Turn(0, 2, 2 + len(ids), [math.nan] * given + [-1.0] * (len(ids) - given), "stop", 0, given=given)
-    return Rollout(row, 0, 0, [[*prompt, *ids]], [turn], [], 0, "completed", reward=reward)
+    logprobs = [math.nan] * given + [-1.0] * (len(ids) - given)
+    return rollout([[7, 7, *ids]], [turn(2, 2 + len(ids), logprobs=logprobs, given=given)], reward, row=row)
 
 
 # -- A.1 -------------------------------------------------------------------------------------------------------------
@@ -289,7 +289,6 @@ def test_what_is_no_critic_is_refused(tmp_path: Path) -> None:
         critics.load(other, keys, learner)
 
 
-@pytest.mark.usefixtures("_quick")
 def test_zero_3_is_refused_before_a_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,12 +338,6 @@ def paid(completions, **columns):
 WHOLE = ["states.jsonl", "completions.jsonl", "critic", "actions.jsonl"]
 
 
-@pytest.fixture
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report takes longer than these runs."""
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
-
-
 def write_config(tmp_path: Path, worth: float = 1.0, **settings: Any) -> Path:
     """Every word is a step of an answer."""
     reward = tmp_path / f"worth_{worth:g}.py".replace("0.", "")
@@ -358,9 +351,7 @@ def write_config(tmp_path: Path, worth: float = 1.0, **settings: Any) -> Path:
     return write_online_config(tmp_path, **{**own, **settings})
 
 
-def run(file: Path, *arguments: str) -> int:
-    module = direct_advantage
-    return run_command(module.Config, module.describe, module.train, ["--config", str(file), *arguments])
+run = partial(run_method, "direct_advantage")
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -387,7 +378,6 @@ def deadly(work: Callable[..., Any], number: int) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_quick")
 def test_a_run_and_its_files_and_the_same_run_killed_after_every_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,7 +451,6 @@ def assert_consistent(folder: Path) -> None:
     assert {"model.safetensors", "value_head.safetensors", "training.jsonl", "reliability.json"} <= names
 
 
-@pytest.mark.usefixtures("_quick")
 def test_what_cannot_be_divided_or_judged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(write_config(tmp_path, step_delimiter="\n")) == 2
     assert "answers has more than one step by step_delimiter" in capsys.readouterr().err
@@ -474,7 +463,6 @@ def test_what_cannot_be_divided_or_judged_is_refused(tmp_path: Path, capsys: pyt
     assert "lower min_spread" in said
 
 
-@pytest.mark.usefixtures("_quick")
 def test_a_refusal_after_a_stage_that_took_long_keeps_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -488,7 +476,6 @@ def test_a_refusal_after_a_stage_that_took_long_keeps_its_file(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_quick")
 def test_a_round_that_is_gone_or_of_another_run_is_not_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,7 +496,6 @@ def test_a_round_that_is_gone_or_of_another_run_is_not_taken(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("stage", [None, "2"], ids=["ddp", "zero2"])
 def test_two_processes_make_the_round_of_one(tmp_path: Path, stage: str | None) -> None:
     """They share sampling, critic, values and the actor's updates, under DDP and ZeRO-2."""

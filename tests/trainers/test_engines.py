@@ -12,10 +12,9 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from support.models import make_tiny_model
-from support.online_run import evals, run_online, write_online_config
-from support.recipe_run import final_weights
+from support.online_run import evals, write_online_config
+from support.recipe_run import final_weights, run_method
 
-import llmrl.runs.report
 from llmrl.config.parse import parse
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.learner.learner import Learner
@@ -25,12 +24,6 @@ from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.trainers import loop
 from llmrl.trainers.online.engines import length_within, synchronise
 from llmrl.trainers.online.experience import Experience
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes longer than these runs."""
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
 
 
 def noting(monkeypatch: pytest.MonkeyPatch, order: list[str], place: type, *names: str) -> None:
@@ -50,11 +43,11 @@ def noting(monkeypatch: pytest.MonkeyPatch, order: list[str], place: type, *name
 def test_the_engine_sleeps_while_the_policy_is_trained_and_nothing_else_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run_online("loop", write_online_config(tmp_path, max_steps=2, output_dir=str(tmp_path / "awake"))) == 0
+    assert run_method("loop", write_online_config(tmp_path, max_steps=2, output_dir=str(tmp_path / "awake"))) == 0
     order: list[str] = []
     noting(monkeypatch, order, HuggingFaceEngine, "sync", "wake", "sleep")
     noting(monkeypatch, order, Experience, "train")
-    assert run_online("loop", write_online_config(tmp_path, max_steps=2, engine={"sleep": True})) == 0
+    assert run_method("loop", write_online_config(tmp_path, max_steps=2, engine={"sleep": True})) == 0
     heldout, first, second = ["sync", "sleep"], ["wake", "sleep", "train"], ["sync", "sleep", "train"]
     assert order == [*heldout, *first, *second, *heldout]
     assert final_weights(tmp_path / "run") == final_weights(tmp_path / "awake")
@@ -78,7 +71,7 @@ def test_an_engine_that_cannot_sleep_is_refused_by_check_and_by_the_run_and_noth
     config = write_online_config(tmp_path, **settings)
     with pytest.raises(RefusedError, match=words):
         loop.check(parse(loop.Config, ["--config", str(config)]).config)
-    assert run_online("loop", config) == 2
+    assert run_method("loop", config) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -91,7 +84,7 @@ def test_of_the_folder_for_weights_only_what_a_killed_run_has_left_is_removed(tm
     if own:
         (weights / "my_model.safetensors").write_text("mine")
     server = {"kind": "vllm_server", "urls": ["http://127.0.0.1:9"], "patience_seconds": 0.1}
-    assert run_online("loop", write_online_config(tmp_path, engine=server)) == 1  # there is no such server
+    assert run_method("loop", write_online_config(tmp_path, engine=server)) == 1  # there is no such server
     assert [file.name for file in weights.glob("*")] == (["my_model.safetensors"] if own else [])
     assert weights.exists() == own
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.rollouts import rollout
 
 from llmrl.learner.options import LearnerOptions
 from llmrl.learner.prefix_tree import num_unique_tokens
@@ -21,10 +22,6 @@ PLAIN = Objective(lambda logprobs_N, scored: (logprobs_N.sum(), {}))
 
 def turn(piece: int, start: int, end: int) -> Turn:
     return Turn(piece, start, end, [-0.5 - position for position in range(start, end)], "stop", 0)
-
-
-def rollout(pieces: list[list[int]], turns: list[Turn], reward: float | None = 1.0, row: int = 1) -> Rollout:
-    return Rollout(row, 0, 0, pieces, turns, [], 0, "completed", reward=reward)
 
 
 def simple(reward: float | None, prompt: int = 5, length: int = 3, cut: bool = False) -> Rollout:

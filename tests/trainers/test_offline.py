@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from support.forked import signalled
-from support.recipe_run import write_config
+from support.recipe_run import run_method, write_config
 
-import llmrl.runs.report
 from llmrl.config.parse import parse
 from llmrl.data.preferences import prepare_preferences
 from llmrl.errors import RefusedError
 from llmrl.learner.sequences import Floats, Group
 from llmrl.objectives.dpo import DPO
 from llmrl.runs import Run
-from llmrl.runs.launch import run_command
 from llmrl.trainers import dpo
 from llmrl.trainers.offline.config import describe_groups
 from llmrl.trainers.offline.run import OfflineRun, num_steps, pair, prepared
@@ -102,11 +100,10 @@ def test_a_resumed_run_takes_the_reference_from_the_initial_weights(
 ) -> None:
     """Stopped within the evaluation half way and resumed: were the reference taken from the checkpoint, margins would
     fall back to 0."""
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
 
     def run(name: str, *arguments: str) -> int:
         config = write_config(tmp_path, eval_steps=3, max_steps=6, output_dir=str(tmp_path / name))
-        return run_command(dpo.DPOConfig, dpo.describe, dpo.train, ["--config", str(config), *arguments])
+        return run_method("dpo", config, *arguments)
 
     assert run("whole") == 0
     with monkeypatch.context() as patched:  # held-out pairs are scored by the reference, before training, after step 3

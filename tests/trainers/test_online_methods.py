@@ -9,24 +9,18 @@ import numpy as np
 import pytest
 import torch
 from support.models import make_tiny_model
-from support.online_run import METHODS, evals, run_online, write_online_config
-from support.recipe_run import final_weights, metrics
+from support.online_run import METHODS, evals, write_online_config
+from support.recipe_run import final_weights, metrics, run_method
+from support.rollouts import rollout
 
 from llmrl.evaluation.intervals import wilson_interval
 from llmrl.learner.learner import Learner
 from llmrl.learner.options import LearnerOptions
 from llmrl.learner.sequences import TokenSequence
 from llmrl.objectives.value import ValueRegression
-from llmrl.rollout.trajectory import Rollout, RolloutGroup
+from llmrl.rollout.trajectory import RolloutGroup
 from llmrl.trainers.online.metrics import heldout_metrics
 from llmrl.trainers.online.run import turns_too_few
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report takes longer than a short run's training."""
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
-
 
 EQUAL = "def equal(completions, **columns):\n    return [0.0] * len(completions)\n"
 
@@ -47,7 +41,7 @@ def test_rewards_that_tell_nothing_apart_end_a_run_of_any_method(
     (tmp_path / "equal.py").write_text(EQUAL)
     rewards = [f"{tmp_path / 'equal.py'}:equal"]
     config = write_online_config(tmp_path, rewards=rewards, max_empty_steps=4, max_steps=9, eval_rows=0, **settings)
-    assert run_online(method, config) == 1
+    assert run_method(method, config) == 1
     said = capsys.readouterr()
     assert "in 3 steps in a row" in said.out
     assert "4 steps in a row: all rollouts are equally good" in said.err
@@ -67,7 +61,7 @@ def test_rewards_that_differ_between_prompts_alone_teach_what_compares_the_step(
     """With several samples a prompt, too: a critic learns from them, and so does whitening over the step."""
     (tmp_path / "by_prompt.py").write_text(BY_PROMPT)
     own = {"rewards": [f"{tmp_path / 'by_prompt.py'}:by_prompt"], "max_empty_steps": 2, "samples_per_prompt": 2}
-    code = run_online(method, write_online_config(tmp_path, **own, max_steps=3, eval_rows=0, **settings))
+    code = run_method(method, write_online_config(tmp_path, **own, max_steps=3, eval_rows=0, **settings))
     assert code == (0 if settings or method == "ppo" else 1)
     assert ("nothing could be learned" in capsys.readouterr().err) == (code == 1)
 
@@ -78,11 +72,11 @@ def test_steps_in_which_nothing_is_learned_are_counted_on_by_a_resumed_run(
     (tmp_path / "equal.py").write_text(EQUAL)
     own = {"rewards": [f"{tmp_path / 'equal.py'}:equal"], "max_empty_steps": 4, "save_steps": 2, "max_steps": 9}
     config = write_online_config(tmp_path, **own, eval_rows=0, save_total_limit=9)
-    assert run_online("loop", config) == 1
+    assert run_method("loop", config) == 1
     assert "nothing could be learned in 4 steps in a row" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_4")
     for done in (4, 5):  # from step 2; then from the last, whose next step is one too many already
-        assert run_online("loop", config, "--resume_from_checkpoint", "latest") == 1
+        assert run_method("loop", config, "--resume_from_checkpoint", "latest") == 1
         assert f"nothing could be learned in {done} steps in a row" in capsys.readouterr().err
         assert sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1].name == f"step_{done}"
 
@@ -94,7 +88,7 @@ def test_dapo_judges_groups_before_it_punishes_length(tmp_path: Path) -> None:
         tmp_path, rewards=[f"{tmp_path / 'equal.py'}:equal"], algorithm="dapo_clip", max_steps=1, eval_rows=0,
         prompts_per_step=2, max_completion_length=20,
     )  # fmt: skip
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     assert metrics(tmp_path / "run")[0]["updates"] == 0
 
 
@@ -108,7 +102,7 @@ def test_dapo_without_dynamic_sampling_trains_on_what_it_got(tmp_path: Path) -> 
         tmp_path, rewards=[f"{tmp_path / 'equal.py'}:equal"], algorithm="dapo_clip", max_steps=2, eval_rows=0,
         dynamic_sampling=False, overlong_buffer=0, max_completion_length=20,
     )  # fmt: skip
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     for step, line in enumerate(metrics(tmp_path / "run"), 1):
         assert (line["rollouts"], line["frac_reward_zero_std"], line["updates"]) == (16, 1, 0)
         assert len({record["row"] for record in sampled(tmp_path / "run", step)}) == 4
@@ -123,7 +117,7 @@ def test_an_overlong_buffer_punishes_long_answers_beside_the_reward(tmp_path: Pa
         tmp_path, rewards=[f"{tmp_path / 'equal.py'}:equal"], max_steps=1, eval_rows=0, max_completion_length=20,
         overlong_buffer=buffer,
     )  # fmt: skip
-    assert run_online(method, config) == 0
+    assert run_method(method, config) == 0
     records = sampled(tmp_path / "run")
     free = 20 - 20 * buffer
     for record in records:
@@ -136,10 +130,10 @@ def test_an_overlong_buffer_punishes_long_answers_beside_the_reward(tmp_path: Pa
 
 def test_held_out_rows_may_be_answered_several_times_at_a_temperature(tmp_path: Path) -> None:
     greedy = write_online_config(tmp_path, max_steps=1, eval_rows=6)
-    assert run_online("loop", greedy, "--output_dir", str(tmp_path / "greedy")) == 0
+    assert run_method("loop", greedy, "--output_dir", str(tmp_path / "greedy")) == 0
     several = write_online_config(tmp_path, max_steps=1, eval_rows=6, eval_temperature=1.0, eval_samples=5)
-    assert run_online("loop", several) == 0
-    assert run_online("loop", several, "--output_dir", str(tmp_path / "again")) == 0
+    assert run_method("loop", several) == 0
+    assert run_method("loop", several, "--output_dir", str(tmp_path / "again")) == 0
     assert final_weights(tmp_path / "run") == final_weights(tmp_path / "greedy")
     (one, *_), (found, *_) = evals(tmp_path / "greedy"), evals(tmp_path / "run")
     assert evals(tmp_path / "again")[0]["metrics"] == found["metrics"]
@@ -152,7 +146,7 @@ def test_the_interval_of_several_answers_is_over_rows() -> None:
     """Rows of 1, 1, 0 and 0 in four answers each: four observations, and not sixteen."""
     rows = [[1.0] * 4, [1.0] * 4, [0.0] * 4, [0.0, 0.0, None, 0.0]]
     groups = [
-        RolloutGroup(i + 1, {}, [Rollout(i + 1, s, 0, [], [], [], 0, "completed", reward=r) for s, r in enumerate(row)])
+        RolloutGroup(i + 1, {}, [rollout([], [], r, row=i + 1, sample=s) for s, r in enumerate(row)])
         for i, row in enumerate(rows)
     ]
     found = heldout_metrics(groups, 16)
@@ -166,7 +160,7 @@ def test_a_stop_token_ends_answers_and_one_that_is_none_is_refused(
     tmp_path: Path, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_online_config(tmp_path, max_steps=1, eval_rows=0, stop_tokens=[words], max_completion_length=20)
-    code = run_online("loop", config)
+    code = run_method("loop", config)
     if words != "red":
         assert code == 2
         assert "stop_tokens: 'red blue' is not one token" in capsys.readouterr().err
@@ -183,7 +177,7 @@ def test_one_turn_of_a_game_of_several_is_refused(
     tmp_path: Path, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     game = {"dataset_name": None, "rewards": [], "environment": "number_guessing", "environment_options": options}
-    code = run_online("loop", write_online_config(tmp_path, max_steps=1, eval_rows=0, max_empty_steps=5, **game))
+    code = run_method("loop", write_online_config(tmp_path, max_steps=1, eval_rows=0, max_empty_steps=5, **game))
     if options:
         assert code == 0
         return
@@ -195,7 +189,7 @@ def test_an_environment_that_always_goes_on_is_said_once(tmp_path: Path, capsys:
     (tmp_path / "endless.py").write_text(ENDLESS + EQUAL)
     own = {"environment": f"{tmp_path / 'endless.py'}:Endless", "rewards": [f"{tmp_path / 'endless.py'}:equal"]}
     config = write_online_config(tmp_path, max_steps=2, eval_rows=0, **own)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     said = capsys.readouterr().out
     assert said.count("is rollout.max_turns 1 meant?") == 1
     assert "after the last turn of 16 of 16 rollouts" in said
@@ -233,7 +227,7 @@ class Endless:
 def test_a_warm_up_of_the_critic_leaves_the_policy_as_it_was(tmp_path: Path, method: str, value_gradient: bool) -> None:
     settings = {"value_gradient": value_gradient, "weight_decay": 0.1, "critic_warmup": 2, "max_steps": 2}
     config = write_online_config(tmp_path, samples_per_prompt=5, eval_rows=0, **settings)
-    assert run_online(method, config) == 0
+    assert run_method(method, config) == 0
     trained, before = final_weights(tmp_path / "run"), (tmp_path / "model" / "model.safetensors").read_bytes()
     assert trained["model.safetensors"] == before
     assert METHODS[method].Config.model_fields["critic_warmup"].default is None

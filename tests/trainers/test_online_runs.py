@@ -7,17 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
-from support.online_run import METHODS, evals, run_online, write_online_config
-from support.recipe_run import final_weights, metrics
+from support.online_run import METHODS, evals, write_online_config
+from support.recipe_run import final_weights, metrics, run_method
+
+from llmrl.runs.report import write_report
 
 
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report takes longer than a short run's training."""
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
-
-
-@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(
     "algorithm",
     ["loop", "loop_code", "loop_turn", "loop_trajectory", "rloo", "reinforce", "grpo", "dr_grpo", "gspo", "cispo",
@@ -25,7 +20,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_every_algorithm_of_the_family_runs_as_published(tmp_path: Path, algorithm: str) -> None:
     config = write_online_config(tmp_path, algorithm=algorithm, max_steps=2)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2]
     assert all(math.isfinite(line["loss"]) for line in lines)
@@ -40,7 +35,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, method: str) -> None:
     samples = {"pf_ppo": 5}.get(method, 4)
     own = {"critic_warmup": 1} if method == "rlsp" else {}
     config = write_online_config(tmp_path, samples_per_prompt=samples, use_peft=True, eval_steps=2, **own)
-    assert run_online(method, config) == 0
+    assert run_method(method, config) == 0
     run = tmp_path / "run"
     line = metrics(run)[-1]
     wanted = {"loss", "grad_norm", "num_tokens", "learning_rate", "reward", "reward_std", "frac_reward_zero_std",
@@ -65,31 +60,29 @@ def test_what_a_run_leaves_behind(tmp_path: Path, method: str) -> None:
     for name, entry in (("before", evals(run)[0]), ("after", evals(run)[-1])):
         rewards = [one["reward"] for sample in heldout for one in sample["completions"] if one["label"] == name]
         assert sum(rewards) / len(rewards) == pytest.approx(entry["metrics"]["reward"])
-    assert "before, reward" in (run / "report.html").read_text()
+    assert "before, reward" in write_report(run).read_text()
 
 
-@pytest.mark.usefixtures("no_report")
 def test_the_sampler_is_never_stale(tmp_path: Path) -> None:
     """The learner's log-probabilities of what was sampled are the sampler's, step after step."""
     config = write_online_config(tmp_path, max_steps=5, learning_rate=3e-3, epochs_per_step=2, rollouts_per_update=4)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     for line in metrics(tmp_path / "run"):
         assert line["sampling/sampling_logp_difference/max"] < 1e-4
         assert line["approx_kl"] > 0  # and yet the policy moved within the step
 
 
-@pytest.mark.usefixtures("no_report")
 def test_with_a_constant_rate_a_run_may_be_resumed_for_more_steps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, resume = write_online_config(tmp_path), ("--resume_from_checkpoint", "latest")
-    assert run_online("loop", config, "--output_dir", str(tmp_path / "whole")) == 0
-    assert run_online("loop", config, "--max_steps", "2") == 0
-    assert run_online("loop", config, "--max_steps", "1", *resume) == 2
+    assert run_method("loop", config, "--output_dir", str(tmp_path / "whole")) == 0
+    assert run_method("loop", config, "--max_steps", "2") == 0
+    assert run_method("loop", config, "--max_steps", "1", *resume) == 2
     assert "max_steps: 2 -> 1" in capsys.readouterr().err
-    assert run_online("loop", config, "--lr_scheduler_type", "linear", *resume) == 2
+    assert run_method("loop", config, "--lr_scheduler_type", "linear", *resume) == 2
     assert "max_steps: 2 -> 4" in capsys.readouterr().err
-    assert run_online("loop", config, *resume) == 0
+    assert run_method("loop", config, *resume) == 0
     assert final_weights(tmp_path / "run") == final_weights(tmp_path / "whole")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 

@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator
 from pydantic import ValidationError
 from support.models import make_tiny_model
-from support.online_run import METHODS, run_online, write_online_config
-from support.recipe_run import metrics
+from support.online_run import METHODS, write_online_config
+from support.recipe_run import metrics, run_method
+from support.rollouts import rollout, turn
 
 from llmrl.learner.learner import Learner
 from llmrl.learner.options import LearnerOptions
@@ -20,27 +21,19 @@ from llmrl.learner.sequences import Group
 from llmrl.objectives.advantages import worth_training
 from llmrl.objectives.filtration import reward_fit
 from llmrl.objectives.presets import preset
-from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
+from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.trainers.online.experience import Experience
 from llmrl.trainers.online.reward_fits import RECENT_STEPS, RewardFits
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report takes longer than a short run's training."""
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
-
-
-def rollout(reward: float, prompt: int, length: int) -> Rollout:
+def simple(reward: float, prompt: int, length: int) -> Rollout:
     ids = [prompt, prompt + 1, *range(10 + prompt, 10 + prompt + length)]
-    return Rollout(
-        1, 0, 0, [ids], [Turn(0, 2, 2 + length, [-4.0] * length, "stop", 0)], [], 0, "completed", reward=reward
-    )
+    return rollout([ids], [turn(2, 2 + length, logprobs=[-4.0] * length)], reward)
 
 
 def experience_of(*rewards: list[float]) -> Experience:
     return Experience([
-        RolloutGroup(n, {}, [rollout(reward, 5 * n, 2 + i) for i, reward in enumerate(given)])
+        RolloutGroup(n, {}, [simple(reward, 5 * n, 2 + i) for i, reward in enumerate(given)])
         for n, given in enumerate(rewards, 1)
     ])  # fmt: skip
 
@@ -108,7 +101,7 @@ def test_a_run_of_loop_scores_what_it_trains_on(tmp_path: Path, monkeypatch: pyt
         return scores(self, groups, **named)
 
     monkeypatch.setattr(Learner, "scores", counted)
-    assert run_online("loop", picky(tmp_path, max_steps=3)) == 0
+    assert run_method("loop", picky(tmp_path, max_steps=3)) == 0
     assert 1 <= len(asked) <= 3
     assert all(abs(advantage) >= 0.01 for step in asked for advantage in step)
     assert sum(map(len, asked)) < 3 * 16
@@ -128,7 +121,7 @@ def test_truncated_rollouts_are_judged_and_not_trained_on(tmp_path: Path, method
         config = write_online_config(
             tmp_path, output_dir=str(tmp_path / str(mask)), mask_truncated_completions=mask, **settings
         )
-        assert run_online(method, config) == 0
+        assert run_method(method, config) == 0
         (line,) = metrics(tmp_path / str(mask))
         tokens[mask] = line
     cut = [one["end_state"] == "truncated-length" for one in kept(tmp_path / "True", 1)]
@@ -159,7 +152,7 @@ def test_a_filtration_chooses_among_what_is_trained_on(tmp_path: Path, monkeypat
         tmp_path, rewards=[f"{tmp_path / 'order.py'}:order"], filtration="best_worst", max_steps=1, eval_rows=0,
         samples_per_prompt=5, mask_truncated_completions=True, overlong_buffer=0.5,
     )  # fmt: skip
-    assert run_online("pf_ppo", config) == 0
+    assert run_method("pf_ppo", config) == 0
     (line,) = metrics(tmp_path / "run")
     assert (len(trained), line["filtration/rows_mean"], line["rollout/masked"]) == (8, 2, 8)
     assert line["reward"] == 2  # of all five, before any punishment of length
@@ -173,7 +166,7 @@ def test_a_run_in_which_all_that_could_teach_is_masked_ends_with_the_reason(
 ) -> None:
     monkeypatch.setattr(Rollout, "ended_by_itself", False)
     config = write_online_config(tmp_path, mask_truncated_completions=True, max_empty_steps=2, eval_rows=0)
-    assert run_online("loop", config) == 1
+    assert run_method("loop", config) == 1
     assert "in 2 steps in a row: whatever could teach ran into a limit, and mask_trunc" in capsys.readouterr().err
 
 
@@ -182,7 +175,7 @@ def test_whole_prompts_are_computed_once_an_epoch(tmp_path: Path) -> None:
     computed = {}
     for kind in ("rollouts", "prompts"):
         settings = {"minibatches": kind, "rollouts_per_update": 4, "max_steps": 1, "eval_rows": 0, "epochs_per_step": 1}
-        assert run_online("loop", write_online_config(tmp_path, output_dir=str(tmp_path / kind), **settings)) == 0
+        assert run_method("loop", write_online_config(tmp_path, output_dir=str(tmp_path / kind), **settings)) == 0
         (line,) = metrics(tmp_path / kind)
         computed[kind] = line["num_computed_tokens"], line["num_trained_tokens"]
     assert computed["prompts"][0] < computed["rollouts"][0]
@@ -243,7 +236,7 @@ def test_numbers_that_a_schedule_does_not_take_are_refused() -> None:
 
 def judged(*pairs: tuple[float, float | None]) -> RolloutGroup:
     """The rollouts of one prompt by their rewards and actual scores."""
-    rollouts = [rollout(reward, 5, 1) for reward, _ in pairs]
+    rollouts = [simple(reward, 5, 1) for reward, _ in pairs]
     for one, (_, score) in zip(rollouts, pairs, strict=True):
         one.scores = {"right": score}
     return RolloutGroup(1, {}, rollouts)
@@ -291,12 +284,12 @@ def test_fits_of_a_resumed_run_are_those_of_one_that_was_not_interrupted(tmp_pat
     ]
     settings = {"rewards": rewards, "truth": "long", "samples_per_prompt": 5, "save_steps": 2, "eval_rows": 0}
     config = write_online_config(tmp_path, save_total_limit=5, **settings)
-    assert run_online("pf_ppo", config) == 0
+    assert run_method("pf_ppo", config) == 0
     run = tmp_path / "run"
     whole = metrics(run)[-1]
     for done in ("checkpoints/step_4", "final"):
         shutil.rmtree(run / done)
-    assert run_online("pf_ppo", config, "--resume_from_checkpoint", "latest") == 0
+    assert run_method("pf_ppo", config, "--resume_from_checkpoint", "latest") == 0
     resumed = metrics(run)[-1]
     names = [name for name in whole if name.startswith(("filtration/", "loss"))]
     assert any("r_squared_low" in name for name in names)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.models import make_tiny_model
-from support.online_run import run_online, write_online_config
-from support.recipe_run import metrics
+from support.online_run import write_online_config
+from support.recipe_run import metrics, run_method
 from support.words import word_tokenizer
 from transformers import AutoModelForSequenceClassification
 
@@ -58,8 +58,7 @@ def test_a_reward_model_judges_within_0_and_1_or_not_at_all(liked: Path) -> None
     assert found.totals_S == pytest.approx([0.5 * one for one in expected], abs=1e-6)
 
 
-def test_rollouts_have_the_models_scores_of_their_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
+def test_rollouts_have_the_models_scores_of_their_dialogues(tmp_path: Path) -> None:
     make_tiny_model(eos_token_id=2).save_pretrained(tmp_path / "base")
     torch.manual_seed(1)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
@@ -70,7 +69,7 @@ def test_rollouts_have_the_models_scores_of_their_dialogues(tmp_path: Path, monk
         tmp_path, samples_per_prompt=1, prompts_per_step=8, eval_rows=0, max_steps=1,
         rewards=[{"function": str(tmp_path / "liked"), "options": {"batch_size": 4, "wait_seconds": 0.1}}],
     )  # fmt: skip
-    assert run_online("ppo", config) == 0
+    assert run_method("ppo", config) == 0
     rollouts = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_1.jsonl").read_text().splitlines()]
     assert len(rollouts) == 8
     rows = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from support.online_run import run_online, write_online_config
-from support.recipe_run import metrics
+from support.online_run import write_online_config
+from support.recipe_run import metrics, run_method
 
 from llmrl.rewards.scoring import Scorer
 from llmrl.trainers.rlsp import RLSPConfig
@@ -118,19 +118,18 @@ def test_what_would_be_ignored_is_refused(settings: dict[str, Any], words: str) 
         rlsp(**settings)
 
 
-def test_a_run_with_a_judge_whose_weight_grows(tmp_path: Path, judge: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
+def test_a_run_with_a_judge_whose_weight_grows(tmp_path: Path, judge: str) -> None:
     config = write_online_config(
         tmp_path, rewards=None, verifier="exact_match", alpha=1.0, alpha_end=0.5, max_steps=3, eval_rows=0,
         samples_per_prompt=2, judge=judge.replace("effort", "brevity"), critic_warmup=0,
     )  # fmt: skip
-    assert run_online("rlsp", config) == 0
+    assert run_method("rlsp", config) == 0
     assert [line["alpha"] for line in metrics(tmp_path / "run")] == [1.0, 0.75, 0.5]
     for line in metrics(tmp_path / "run"):
         parts = line["alpha"] * line["rewards/verifier/mean"] + (1 - line["alpha"]) * line["rewards/judge/mean"]
         assert line["reward"] == pytest.approx(parts)
     again = tmp_path / "again"
-    assert run_online("rlsp", tmp_path / "run" / "config.yaml", "--output_dir", str(again), "--alpha", "0.5") == 0
+    assert run_method("rlsp", tmp_path / "run" / "config.yaml", "--output_dir", str(again), "--alpha", "0.5") == 0
     assert [line["alpha"] for line in metrics(again)] == [0.5, 0.5, 0.5]
     first = metrics(again)[0]
     assert first["reward"] == pytest.approx(0.5 * first["rewards/verifier/mean"] + 0.5 * first["rewards/judge/mean"])

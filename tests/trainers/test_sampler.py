@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
-from support.online_run import REWARD, evals, run_online, write_online_config
-from support.recipe_run import final_weights, metrics
+from support.online_run import REWARD, evals, write_online_config
+from support.recipe_run import final_weights, metrics, run_method
+from support.rollouts import rollout, turn
 
-import llmrl.runs.report
 import llmrl.trainers.online.sampler
 from llmrl.errors import RunFailedError
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.huggingface import HuggingFaceEngine
-from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
+from llmrl.rollout.trajectory import RolloutGroup
 from llmrl.trainers.loop import LOOPConfig
 from llmrl.trainers.online.ahead import Ahead
 from llmrl.trainers.online.collected import added, beside, restored
@@ -28,17 +28,11 @@ from llmrl.trainers.online.sampler import MOST_REFILLS
 from llmrl.trainers.online.task import OnlineTask
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes longer than these runs."""
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
-
-
 def group(place: int, *rewards: float) -> RolloutGroup:
-    turn = Turn(0, 1, 2, [-0.5], "stop", 3, {"won": 1.0})
+    turns = [turn(1, 2, logprobs=[-0.5], policy_version=3, rewards={"won": 1.0})]
+    said = {"messages": [{"role": "user", "content": "x"}], "opening": 1}
     rollouts = [
-        Rollout(place + 1, s, 7, [[5, 6]], [turn], [{"role": "user", "content": "x"}], 1, "completed", reward=reward)
-        for s, reward in enumerate(rewards)
+        rollout([[5, 6]], turns, reward, row=place + 1, sample=s, seed=7, **said) for s, reward in enumerate(rewards)
     ]
     return RolloutGroup(place + 1, {"prompt": "x"}, rollouts, place)
 
@@ -81,7 +75,7 @@ def test_what_was_sampled_ahead_and_failed_is_not_kept_and_raises_when_it_is_wan
 def test_each_epoch_asks_every_row_once_and_each_row_as_often_as_it_should_be(tmp_path: Path) -> None:
     """58 rows to train on, 20 a step: the third step ends the epoch and begins the next one."""
     config = write_online_config(tmp_path, prompts_per_step=20, samples_per_prompt=2, max_steps=3)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     asked = [record["row"] for step in (1, 2, 3) for record in rollouts(tmp_path / "run", step)]
     assert len(asked) == 3 * 20 * 2
     assert Counter(Counter(asked).values()) == {2: 56, 4: 2}
@@ -115,7 +109,7 @@ def test_what_reward_functions_note_is_the_metric_of_its_own_step(
         monkeypatch.setattr(llmrl.trainers.online.sampler, "build_engine", engine_of_its_own)
     rewards = [f"{tmp_path / 'reward.py'}:numbered"]
     config = write_online_config(tmp_path, rewards=rewards, eval_steps=1, max_steps=3, **settings)
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     lines = metrics(tmp_path / "run")
     asked_first = [7, 11, 21] if ahead else [7, 17, 27]
     assert [line["call"] for line in lines] == [first + 1.5 for first in asked_first]
@@ -141,7 +135,7 @@ def test_an_episode_that_nobody_judged_has_no_reward_and_one_that_was_cut_has_0(
 
 @pytest.mark.parametrize(("limit", "kept"), [(None, [1, 2, 3, 4]), (2, [3, 4]), (0, [])])
 def test_rollouts_are_kept_of_as_many_steps_as_asked_for(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
-    assert run_online("loop", write_online_config(tmp_path, save_rollouts=limit, eval_rows=0)) == 0
+    assert run_method("loop", write_online_config(tmp_path, save_rollouts=limit, eval_rows=0)) == 0
     found = sorted(file.name for file in (tmp_path / "run").glob("rollouts/*"))
     assert found == [f"step_{step}.jsonl" for step in kept]
 
@@ -159,7 +153,7 @@ def test_files_of_steps_to_come_are_of_an_earlier_attempt_and_go(tmp_path: Path)
 def test_a_rollout_is_kept_with_its_answer_and_the_very_tokens_that_were_sampled(tmp_path: Path) -> None:
     one = group(0, 1.0)
     one.row["answer"], one.rollouts[0].pieces = 7, [[5, 6, 8, 9]]
-    one.rollouts[0].turns.append(Turn(0, 3, 4, [-0.5], "stop", 3))
+    one.rollouts[0].turns.append(turn(3, 4, logprobs=[-0.5], policy_version=3))
     keep_rollouts(tmp_path, 1, [one], str, None)
     kept = json.loads((tmp_path / "step_1.jsonl").read_text())
     assert (kept["completions"], kept["answer"]) == (["[6]", "[9]"], 7)
@@ -204,7 +198,7 @@ def test_dynamic_sampling_replaces_prompts_that_teach_nothing(
         monkeypatch.setattr(llmrl.trainers.online.sampler, "build_engine", engine_of_its_own)
     config = picky(tmp_path, **settings)
     teaching = {i + 1 for i in range(12) if i % 4 == 0}
-    assert run_online(method, config) == 0
+    assert run_method(method, config) == 0
     if "eval_rows" in settings:  # by their hashes there is one, and all its answers are worth the same
         assert [entry["metrics"]["reward"] for entry in evals(tmp_path / "run")] == [0.5] * 3
     for step, line in enumerate(metrics(tmp_path / "run"), 1):
@@ -219,7 +213,7 @@ def test_dynamic_sampling_replaces_prompts_that_teach_nothing(
 
 def test_dynamic_sampling_gives_up_where_nothing_teaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = picky(tmp_path, "equal", max_empty_steps=1)
-    assert run_online("loop", config) == 1
+    assert run_method("loop", config) == 1
     said = capsys.readouterr()
     assert "nothing could be learned in 1 steps in a row" in said.err
     assert "only 0 prompts for a step of 4: with 44 others, in 10 refills too, all rollouts are equally" in said.out
@@ -234,7 +228,7 @@ def test_a_resumed_run_with_dynamic_sampling_goes_on_at_the_right_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
     config = picky(tmp_path, save_steps=1, algorithm=algorithm, dynamic_sampling=True, overlong_buffer=0.5)
-    assert run_online("loop", config, "--output_dir", str(tmp_path / "reference")) == 0
+    assert run_method("loop", config, "--output_dir", str(tmp_path / "reference")) == 0
     train, calls = Experience.train, 0
 
     def fails_at_3(*arguments: Any, **named: Any) -> dict[str, float]:
@@ -246,8 +240,8 @@ def test_a_resumed_run_with_dynamic_sampling_goes_on_at_the_right_row(
 
     with monkeypatch.context() as patch:
         patch.setattr(Experience, "train", fails_at_3)
-        assert run_online("loop", config) == 1
-    assert run_online("loop", config, "--resume_from_checkpoint", "latest") == 0
+        assert run_method("loop", config) == 1
+    assert run_method("loop", config, "--resume_from_checkpoint", "latest") == 0
     for step in (3, 4):
         assert rollouts(tmp_path / "run", step) == rollouts(tmp_path / "reference", step)
     assert final_weights(tmp_path / "run") == final_weights(tmp_path / "reference")
@@ -258,6 +252,6 @@ def test_one_step_ahead_does_not_share_random_numbers_with_dropout(
 ) -> None:
     vllm = {"engine": {"kind": "vllm"}, "use_peft": True, "lora_dropout": 0.1}
     config = write_online_config(tmp_path, max_staleness=1, **vllm)
-    assert run_online("loop", config) == 2
+    assert run_method("loop", config) == 2
     assert "lora_dropout; set it to 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

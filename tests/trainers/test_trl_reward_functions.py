@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.online_run import run_online, write_online_config
-from support.recipe_run import metrics
+from support.online_run import write_online_config
+from support.recipe_run import metrics, run_method
 
 FUNCTIONS = '''
 import asyncio, re
@@ -69,8 +69,7 @@ def rows(as_messages: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["text", "messages"])
-def test_they_run_unchanged(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrl.runs.report.write_report", lambda *arguments, **named: None)
+def test_they_run_unchanged(tmp_path: Path, kind: str) -> None:
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(kind == "messages")))
     of_kind = {"text": ["begins_with_a_word", "of_text"], "messages": ["message_begins_with_a_word", "of_messages"]}
@@ -79,7 +78,7 @@ def test_they_run_unchanged(tmp_path: Path, kind: str, monkeypatch: pytest.Monke
         tmp_path, rewards=[f"{tmp_path / 'functions.py'}:{name}" for name in names], reward_max_failures=1, max_steps=2,
         eval_rows=0, prompts_per_step=6, save_steps=1,
     )  # fmt: skip
-    assert run_online("loop", config) == 0
+    assert run_method("loop", config) == 0
     first, second = metrics(tmp_path / "run")
     for name in names:
         assert first[f"rewards/{name}/failures"] == second[f"rewards/{name}/failures"] == 0
@@ -93,7 +92,7 @@ def test_they_run_unchanged(tmp_path: Path, kind: str, monkeypatch: pytest.Monke
     lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts" / "step_1.jsonl").read_text().splitlines()]
     assert len(lines) == 24
     assert all(line["extra"] == {"truth": "red"} for line in lines)
-    assert run_online("loop", config, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoints" / "step_1")) == 0
+    assert run_method("loop", config, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoints" / "step_1")) == 0
     assert [line["step_of_trainer"] for line in metrics(tmp_path / "run")] == [0, 1]
 
 
@@ -103,5 +102,5 @@ def test_a_function_for_messages_fails_on_text_in_its_own_words(
     """As it does with TRL."""
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     rewards = [f"{tmp_path / 'functions.py'}:message_begins_with_a_word"]
-    assert run_online("loop", write_online_config(tmp_path, rewards=rewards, reward_max_failures=1, eval_rows=0)) == 1
+    assert run_method("loop", write_online_config(tmp_path, rewards=rewards, reward_max_failures=1, eval_rows=0)) == 1
     assert 'completion[0]["content"]' in capsys.readouterr().err

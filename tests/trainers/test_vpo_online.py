@@ -6,23 +6,16 @@ from typing import Any, Literal
 
 import pytest
 from support.online_run import write_online_config
-from support.recipe_run import final_weights, metrics
+from support.recipe_run import final_weights, metrics, run_method
+from support.rollouts import answer
 from support.words import FIRST, WORDS
 
-import llmrl.runs.report
 from llmrl.config.parse import parse
-from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
+from llmrl.rollout.trajectory import RolloutGroup
 from llmrl.runs import checkpoints
-from llmrl.runs.launch import run_command
 from llmrl.trainers.vpo import online as vpo_online
 from llmrl.trainers.vpo.calibration import FILE, read_answers
 from llmrl.trainers.vpo.rounds import labelled
-
-
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing one takes longer than these runs."""
-    monkeypatch.setattr(llmrl.runs.report, "write_report", lambda directory: directory)
 
 
 def run(tmp: Path, *arguments: str, code: int = 0, **settings: Any) -> Path:
@@ -33,14 +26,8 @@ def run(tmp: Path, *arguments: str, code: int = 0, **settings: Any) -> Path:
     }  # fmt: skip
     output = str(tmp / settings.pop("name", "run"))
     config = write_online_config(tmp, **{**base, **settings}, output_dir=output)
-    words = ["--config", str(config), *arguments]
-    assert run_command(vpo_online.Config, vpo_online.describe, vpo_online.train, words) == code
+    assert run_method("vpo_online", config, *arguments) == code
     return Path(output)
-
-
-def rollout(ids: list[int], reward: float | None, penalty: float = 0.0, finish: str = "stop") -> Rollout:
-    turn = Turn(0, 2, 2 + len(ids), [-1.0] * len(ids), finish, 0)
-    return Rollout(1, 0, 0, [[1, 2, *ids]], [turn], [], 0, "completed", reward=reward, penalty=penalty)
 
 
 @pytest.mark.parametrize(
@@ -59,22 +46,22 @@ def rollout(ids: list[int], reward: float | None, penalty: float = 0.0, finish: 
 def test_the_better_of_two_samples_is_chosen_and_ties_are_counted(
     scores: list[float | None], pairing: Literal["in_order", "best_worst"], expected: list[tuple[int, int]], ties: int
 ) -> None:
-    rollouts = [rollout([10 + i, 3], score) for i, score in enumerate(scores)]
+    rollouts = [answer([10 + i, 3], score) for i, score in enumerate(scores)]
     found = labelled(RolloutGroup(1, {}, rollouts), pairing)
     assert [(rollouts.index(c), rollouts.index(r)) for c, r in found.pairs] == expected
     assert found.ties == ties
 
 
 def test_equal_answers_are_a_tie_and_a_penalty_counts() -> None:
-    said_twice = [rollout([5, 3], 1.0), rollout([5, 3], 0.0)]
+    said_twice = [answer([5, 3], 1.0), answer([5, 3], 0.0)]
     assert labelled(RolloutGroup(1, {}, said_twice), "in_order") == ([], 1, 0)
-    long = [rollout([5, 3], 1.0, penalty=-0.5), rollout([6, 3], 0.75)]
+    long = [answer([5, 3], 1.0, penalty=-0.5), answer([6, 3], 0.75)]
     assert labelled(RolloutGroup(1, {}, long), "in_order").pairs == [(long[1], long[0])]
 
 
 @pytest.mark.parametrize("pairing", ["in_order", "best_worst"])
 def test_an_answer_that_was_cut_off_is_in_no_pair_and_counted(pairing: Literal["in_order", "best_worst"]) -> None:
-    cut, good, bad = rollout([5, 4], 1.0, finish="length"), rollout([6, 3], 0.5), rollout([7, 3], 0.0)
+    cut, good, bad = answer([5, 4], 1.0, finish="length"), answer([6, 3], 0.5), answer([7, 3], 0.0)
     assert labelled(RolloutGroup(1, {}, [cut, bad, good]), pairing) == ([(good, bad)], 0, 1)
     assert labelled(RolloutGroup(1, {}, [cut, good]), pairing) == ([], 0, 1)
 

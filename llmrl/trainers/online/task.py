@@ -171,7 +171,16 @@ class OnlineTask:
         before, ids = list(dialogue.prompt_ids), self.tokenizer.encode(TRIED_ANSWER, add_special_tokens=False)
         turn = Turn(0, len(before), len(before) + len(ids), [0.0] * len(ids), "stop", 0)
         said = [*dialogue.messages, {"role": "assistant", "content": TRIED_ANSWER}]
-        answered = Rollout(prompt.number, 0, 0, [before + ids], [turn], said, len(said) - 1, "completed")
+        answered = Rollout(
+            row=prompt.number,
+            sample=0,
+            seed=0,
+            pieces=[before + ids],
+            turns=[turn],
+            messages=said,
+            opening=len(said) - 1,
+            end_state="completed",
+        )
         call = self._call(RolloutGroup(prompt.number, prompt.row, [answered]))
         asyncio.run(self.scorer.try_out(**call, trainer_state=TrainerState()))
 
