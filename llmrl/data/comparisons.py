@@ -11,6 +11,7 @@ Invariants: a comparison is made of a row's scores and its place alone, so that 
 same; ties stay, with label 0.5; samples that find no partner are counted and said.
 """  # noqa: E501
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Unpack
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from llmrl.data.order import epoch_order
 from llmrl.data.preparing import Options, PreparationKeys, Say
 from llmrl.data.scored import prepare_scored
+from llmrl.data.segment_formats import Format, find_format, refuse_two_formats
 from llmrl.data.segments import CONTEXT, Piece, prepare_segments, segments_of
 from llmrl.data.splits import train_and_heldout
 from llmrl.errors import RefusedError
@@ -28,10 +30,12 @@ from llmrl.errors import RefusedError
 Mode = Literal["dense", "sparse", "across"]
 Place = tuple[int, int]
 """Row and segment in it, from 0."""
+ROUNDING = 1e-9
+"""Advantages that differ by less, in the largest reward of their rows, are equal: a mean is rounded."""
 
 
 class Comparison(NamedTuple):
-    """Segments by their places, and what is known of each: the label of both, or its score."""
+    """Segments by their places, and what is known of each: the label of both, or the rank of its score."""
 
     places: tuple[Place, ...]
     values: tuple[float, ...]
@@ -74,32 +78,57 @@ def prepare_comparisons(
 ) -> ComparisonData:
     """Read, check and tokenise rows of any format above, and make comparisons of them.
 
-    mode: of scored rows; rows with a label are compared as they stand. Raises RefusedError naming source, row, column
-    and remedy.
+    mode: of scored rows; those with a label are compared as they stand, and take no mode but dense. Raises RefusedError
+    naming source, row, column and remedy.
     """
     rows = options.get("rows") or train_and_heldout(config, say, options.get("dataset"))
+    for part in rows:
+        if part is not None:
+            refuse_two_formats(part.table.column_names, part.where)
     train, options = rows[0], {**options, "rows": rows}
     if "completions" in train.table.column_names:
         scored = prepare_scored(config, tokenizer, say, **options)
         parts = [_made(part, "rewards", _samples_of, mode, say) for part in (scored.train, scored.heldout)]
         return _data(parts, _value(mode), scored.counts, scored.fingerprint)
+    format = find_format(train.table.column_names, train.table[0], train.where)
+    if mode != "dense":
+        _check_mode(mode, format, train.where)
     data = prepare_segments(config, tokenizer, say, **options)
-    if data.format.value == "label":
+    if format.value == "label":
         parts = [_labelled(part) for part in (data.train, data.heldout)]
         return _data(parts, "label", data.counts, data.fingerprint)
-    if mode == "across":
-        raise RefusedError(
-            f"{train.where}: comparisons across needs samples of a prompt, whose mean "
-            "reward is known, and these are scored segments. Give scored samples (`prompt`, `completions`, `rewards`), "
-            "or put segments that are to be compared into one row, with advantages as their scores"
-        )
     parts = [_made(part, "values", segments_of, mode, say) for part in (data.train, data.heldout)]
     return _data(parts, _value(mode), data.counts, data.fingerprint)
 
 
+def _check_mode(mode: Mode, format: Format, where: str) -> None:
+    """Refuse a way of comparing, other than dense, that rows of this format do not take."""
+    if format.value == "label":
+        raise RefusedError(
+            f"{where}: comparisons {mode} would be ignored: {format.name} have a label, which says what is compared. "
+            "Leave it out, or give data with scores"
+        )
+    if mode == "across":
+        raise RefusedError(
+            f"{where}: comparisons across needs samples of a prompt, whose mean "
+            "reward is known, and these are scored segments. Give scored samples (`prompt`, `completions`, `rewards`), "
+            "or put segments that are to be compared into one row, with advantages as their scores"
+        )
+
+
 def dense(scores: Sequence[Sequence[float]]) -> list[Comparison]:
-    """Of each row one: all of its segments."""
-    return [Comparison(tuple((row, i) for i in range(len(own))), tuple(own)) for row, own in enumerate(scores)]
+    """Of each row one: all of its segments, whose values are the ranks of their scores (0 the lowest; equal scores
+    have the same), which a float32 tells apart whatever the scores are."""
+    return [_whole(row, _ranks(own)) for row, own in enumerate(scores)]
+
+
+def _whole(row: int, values: Sequence[float]) -> Comparison:
+    return Comparison(tuple((row, i) for i in range(len(values))), tuple(values))
+
+
+def _ranks(scores: Sequence[float]) -> list[float]:
+    rank_of = {score: float(rank) for rank, score in enumerate(sorted(set(scores)))}
+    return [rank_of[score] for score in scores]
 
 
 def sparse(scores: Sequence[Sequence[float]]) -> list[Comparison]:
@@ -116,7 +145,8 @@ def sparse(scores: Sequence[Sequence[float]]) -> list[Comparison]:
 
 def across(rewards: Sequence[Sequence[float]]) -> list[Comparison]:
     """Samples of different rows, drawn at random, by advantage. Samples left over, all of one row, are in none."""
-    advantages = [[reward - sum(own) / len(own) for reward in own] for own in rewards]
+    advantages = [[reward - math.fsum(other / len(own) for other in own) for reward in own] for own in rewards]
+    rounding = [ROUNDING * max(map(abs, own)) for own in rewards]
     places = [(row, i) for row, own in enumerate(advantages) for i in range(len(own))]
     waiting: list[Place] = []
     found = []
@@ -124,14 +154,18 @@ def across(rewards: Sequence[Sequence[float]]) -> list[Comparison]:
         (row, i) = place = places[index]
         if waiting and waiting[0][0] != row:
             other = waiting.pop()
-            found.append(_pair(other, place, advantages[other[0]][other[1]], advantages[row][i]))
+            equal_within = max(rounding[other[0]], rounding[row])
+            found.append(_pair(other, place, advantages[other[0]][other[1]], advantages[row][i], equal_within))
         else:
             waiting.append(place)
     return found
 
 
-def _pair(first: Place, second: Place, first_score: float, second_score: float) -> Comparison:
-    label = 0.5 if first_score == second_score else float(second_score > first_score)
+def _pair(
+    first: Place, second: Place, first_score: float, second_score: float, equal_within: float = 0.0
+) -> Comparison:
+    equal = abs(first_score - second_score) <= equal_within
+    label = 0.5 if equal else float(second_score > first_score)
     return Comparison((first, second), (label, label))
 
 
@@ -154,7 +188,9 @@ def _made(
 
 def _labelled(rows: Dataset | None) -> Comparisons | None:
     """The two segments of each row."""
-    return None if rows is None else Comparisons(rows, segments_of, dense(rows["values"][:]))
+    if rows is None:
+        return None
+    return Comparisons(rows, segments_of, [_whole(row, labels) for row, labels in enumerate(rows["values"][:])])
 
 
 def _samples_of(row: dict[str, Any]) -> list[list[Piece]]:

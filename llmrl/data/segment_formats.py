@@ -27,9 +27,24 @@ from llmrl.data.columns import MEND, missing, read_extras, read_text_or_dialogue
 from llmrl.data.faults import RowFault
 from llmrl.data.formats import Text
 from llmrl.data.messages import Message, kind_of, says_something
+from llmrl.errors import RefusedError
 
 COLUMNS = ("first", "second", "label", "segments")
+SHOWN_BY = {
+    "scored segments": ("segments",),
+    "compared segments": ("first", "second"),
+    "scored samples": ("completions", "rewards"),
+    "preference pairs": ("chosen", "rejected"),
+}
+"""The columns by which each format is known."""
+MOST = 3.4e38
+"""What a float32 holds, as which scores are kept."""
+READ = (
+    f"{formats.READ}; compared segments, with `first`, `second` and `label`; scored segments, with `segments`; scored "
+    "samples, with `prompt`, `completions` and `rewards`"
+)
 EMPTY = f"an empty segment, which is no behaviour to prefer; {MEND}"
+NOBODY = f"no message of the assistant in it, and only the assistant's behaviour is compared; {MEND}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,19 @@ class Format:
     read: Callable[[dict[str, Any]], Comparable]
 
 
+def refuse_two_formats(columns: Sequence[str], where: str) -> None:
+    """Refuse data whose columns show two formats, of which one would be ignored."""
+    shown = [(name, own) for name, own in SHOWN_BY.items() if set(own) <= set(columns)]
+    if len(shown) > 1:
+        (name, own), (other, others) = (
+            (name, " and ".join(f"`{column}`" for column in own)) for name, own in shown[:2]
+        )
+        raise RefusedError(
+            f"{where}: the columns are those of {name} ({own}) and of {other} ({others}), and only one of them can be "
+            "compared; remove the columns of the other"
+        )
+
+
 def find_format(columns: Sequence[str], first_row: dict[str, Any], where: str) -> Format:
     """The format that the columns show; raises RefusedError where one of its columns is missing."""
     refuse_pictures(columns, where)
@@ -79,9 +107,9 @@ def find_format(columns: Sequence[str], first_row: dict[str, Any], where: str) -
     if "first" in columns or "second" in columns:
         for name in ("first", "second", "label"):
             if name not in columns:
-                raise missing(name, columns, where, COLUMNS)
+                raise missing(name, columns, where, COLUMNS, READ)
         return COMPARED_SEGMENTS
-    formats.check_columns(columns, first_row, where)
+    formats.check_columns(columns, first_row, where, READ)
     return PAIRS
 
 
@@ -159,7 +187,9 @@ def _dialogue(prompt: Text, completion: Text, places: tuple[str, str]) -> tuple[
     history = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     own = [index for index, message in enumerate(said) if message["role"] == "assistant"]
-    if not own or not all(says_something(said[index]) for index in own):
+    if not own:
+        raise RowFault(places[1], NOBODY if said else EMPTY)
+    if not all(says_something(said[index]) for index in own):
         raise RowFault(places[1], EMPTY)
     if own[-1] != len(said) - 1:
         raise RowFault(
@@ -182,4 +212,6 @@ def _dialogue(prompt: Text, completion: Text, places: tuple[str, str]) -> tuple[
 def _number(value: Any, column: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RowFault(column, f"{kind_of(value)} where a finite number is expected; {MEND}")
+    if abs(value) > MOST:
+        raise RowFault(column, f"{value:g} is beyond what a float32 holds; scale all scores down, or remove the row")
     return float(value)

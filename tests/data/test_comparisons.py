@@ -27,10 +27,11 @@ def texts(tokenizer: PreTrainedTokenizerFast, data: ComparisonData) -> list[tupl
     ]
 
 
-def test_dense_compares_all_of_a_row_by_their_scores() -> None:
-    assert dense([[1.0, 0.0], [2.0, 3.0, 4.0]]) == [
+def test_dense_compares_all_of_a_row_by_the_ranks_of_their_scores() -> None:
+    """Float32, which the objective compares in, holds neither 1e300 nor the difference of the first two scores."""
+    assert dense([[1.0, 1.0 - 1e-12], [1e300, 3.0, 3.0, 1e299]]) == [
         Comparison(((0, 0), (0, 1)), (1.0, 0.0)),
-        Comparison(((1, 0), (1, 1), (1, 2)), (2.0, 3.0, 4.0)),
+        Comparison(((1, 0), (1, 1), (1, 2), (1, 3)), (2.0, 0.0, 0.0, 1.0)),
     ]
 
 
@@ -57,6 +58,21 @@ def test_across_compares_advantages_of_different_prompts_each_sample_once() -> N
     assert found == across(rewards)
 
 
+def test_across_ties_what_only_rounding_tells_apart() -> None:
+    """Rows alike, whose means are 0.2 and 0.20000000000000004 when summed in their order; thirds; a real difference
+    of a thousandth stays one."""
+    for rewards in (
+        [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]],
+        [[1.0, 0.9], [0.1, 0.0]],
+        [[1 / 3, 2 / 3, 0.0], [1.0, 2.0, 1.5]],
+    ):
+        exact = [[round(r - sum(own) / len(own), 9) for r in own] for own in rewards]
+        ranks = [(exact[a][i], exact[b][j], label) for ((a, i), (b, j)), (label, _) in across(rewards)]
+        assert ranks
+        assert all((label == 0.5) == (one == other) for one, other, label in ranks), ranks
+    assert {values[0] for _, values in across([[1.0, 0.0], [1.001, 0.0]])} <= {0.0, 1.0}
+
+
 def test_across_leaves_out_who_finds_nobody_of_another_prompt() -> None:
     found = across([[1.0, 2.0, 3.0, 4.0], [1.0]])
     assert len(found) == 1
@@ -67,7 +83,7 @@ def test_scored_samples_are_compared_in_each_way(plain: PreTrainedTokenizerFast)
     said: list[str] = []
     whole = compared(plain, [SAMPLES, OTHERS], "dense")
     assert whole.value == "score"
-    assert texts(plain, whole)[0] == (["2+2= 4</s>", "2+2= 5</s>", "2+2= 6</s>"], [1.0, 0.0, 0.5])
+    assert texts(plain, whole)[0] == (["2+2= 4</s>", "2+2= 5</s>", "2+2= 6</s>"], [2.0, 0.0, 1.0])
     pairs = compared(plain, [SAMPLES, OTHERS], "sparse", say=said.append)
     assert pairs.value == "label"
     assert texts(plain, pairs) == [
@@ -83,9 +99,31 @@ def test_scored_samples_are_compared_in_each_way(plain: PreTrainedTokenizerFast)
 
 def test_what_has_a_label_is_compared_as_it_stands(plain: PreTrainedTokenizerFast) -> None:
     row = {"first": {"prompt": "2+2=", "completion": " 4"}, "second": {"prompt": "3+3=", "completion": " 7"}}
-    data = compared(plain, [{**row, "label": 0.25}], "across")
+    data = compared(plain, [{**row, "label": 0.25}], "dense")
     assert texts(plain, data) == [(["2+2= 4</s>", "3+3= 7</s>"], [0.25, 0.25])]
-    assert compared(plain, [GOOD], "sparse").value == "label"
+    assert compared(plain, [GOOD], "dense").value == "label"
+    for rows, name in (([{**row, "label": 0.25}], "compared segments"), ([GOOD], "preference pairs")):
+        with pytest.raises(RefusedError, match=f"comparisons sparse would be ignored: {name} have a label"):
+            compared(plain, rows, "sparse")
+
+
+def test_columns_of_two_formats_are_refused_by_both_names(plain: PreTrainedTokenizerFast) -> None:
+    segment = {"prompt": "2+2=", "completion": " 4", "score": 1}
+    group = {"segments": [segment, {**segment, "completion": " 5", "score": 0}]}
+    label = {"first": segment, "second": {**segment, "completion": " 5"}, "label": 0}
+    for row, names in (
+        ({**SAMPLES, **group}, "scored segments .*`segments`.* and of scored samples"),
+        ({**label, **GOOD}, "compared segments .*`first` and `second`.* and of preference pairs"),
+        ({**SAMPLES, **GOOD}, "scored samples .*`completions` and `rewards`.* and of preference pairs"),
+    ):
+        with pytest.raises(RefusedError, match=f"{names}.*remove the columns of the other"):
+            compared(plain, [row], "dense")
+
+
+def test_a_score_that_no_float32_holds_is_refused_by_row(plain: PreTrainedTokenizerFast) -> None:
+    group = [{"prompt": "2+2=", "completion": " 4", "score": score} for score in (1e300, 0.0)]
+    with pytest.raises(RefusedError, match=r"row 1, column `segments\.1\.score`: 1e\+300 is beyond"):
+        compared(plain, [{"segments": group}], "dense")
 
 
 def test_groups_without_anything_to_compare_are_refused(plain: PreTrainedTokenizerFast) -> None:
