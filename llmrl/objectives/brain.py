@@ -20,7 +20,8 @@ gradient. Where they are silent, we decided:
 - Equal samples count as often as they were drawn; a sequence of weight w counts as w samples.
 - `most_prior_gap` leaves samples with |log p - log q'| above it out of both softmaxes: then q = posterior remains where
   the gradient is zero, which clipping would move. So are samples without a finite log p or log q'.
-- A prompt with fewer than two samples left teaches nothing and still counts in the mean.
+- A prompt of which nothing is left teaches nothing. Of one with a single sample left, alpha = b = 1: no gradient, but
+  without the baseline that sample's plain likelihood. Both count in the mean; in `brain/ess` only the latter, as 1.
 - Other models of goodness than Bradley-Terry's: hand beta log(goodness) as the reward.
 
 In the learner a group is never split, so the softmaxes are over whole prompts. Where a prompt's samples together are

@@ -233,6 +233,14 @@ def test_a_prompt_without_usable_samples_teaches_nothing() -> None:
         assert metrics["brain/ess"].tolist() == [1.0] * len(kept)
 
 
+def test_without_the_baseline_a_single_sample_that_is_left_is_learned_by_likelihood() -> None:
+    proposal = [-9.5, NAN, NAN, NAN]
+    loss, gradient, metrics = run(BRAIn(baseline=False), POLICY, scored(proposal=proposal))
+    assert loss == pytest.approx(-POLICY[0])
+    assert gradient == [-1, 0, 0, 0]
+    assert metrics["brain/ess"].tolist() == [1]
+
+
 def test_weights_far_apart_stay_numbers() -> None:
     loss, gradient, _ = run(BRAIn(beta=1e-3), [-900.0, -1, -400, -1], scored(rewards=[1.0, 0, 0, 0]))
     assert math.isfinite(loss)

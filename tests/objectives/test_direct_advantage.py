@@ -9,7 +9,6 @@ import pytest
 import torch
 from support.scoring import assert_same_step, run, scored_of, step_of, tiny_learner
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from llmrl.learner.sequences import Group, TokenSequence
 from llmrl.objectives.direct_advantage import (
@@ -168,8 +167,19 @@ def test_gradients_by_finite_differences() -> None:
     generator = torch.Generator().manual_seed(2)
     log_ratios, advantages, logits = (torch.randn(4, dtype=torch.float64, generator=generator) for _ in range(3))
     assert torch.autograd.gradcheck(lambda u: step_losses(u, advantages, 0.05), log_ratios.requires_grad_())
-    rates = torch.tensor([0.0, 0.25, 0.75, 1.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda z: binary_cross_entropy_with_logits(z, rates), logits.requires_grad_())
+
+    rates = [0.0, 0.25, 0.75, 1.0]
+    scored = scored_of([[2], [1, 1]], token_values={"success_rate": rates}, weights=[2.0, 1.0, 3.0])
+
+    def critic(values_N: Tensor) -> Tensor:
+        return SuccessRateCritic()(torch.zeros(4), scored.with_scores(None, values_N))[0]
+
+    values = logits.float().requires_grad_()
+    critic(values).backward()
+    assert values.grad is not None
+    for found, step in zip(values.grad, 1e-2 * torch.eye(4), strict=True):  # in single precision, as the critic is
+        slope = (critic(values + step) - critic(values - step)) / 2e-2
+        assert found.item() == pytest.approx(slope.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{"beta": 0.0}, {"beta": math.nan}, {"average": "token"}])
