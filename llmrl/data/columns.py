@@ -32,10 +32,13 @@ def nearest(name: str, columns: Iterable[str], close_only: bool = False) -> str 
     return near[0] if near else None
 
 
-def missing(name: str, columns: Sequence[str], where: str, known: Iterable[str] = ()) -> RefusedError:
-    """The refusal of data without the column `name`; columns in `known` have a use of their own."""
+def missing(name: str, columns: Sequence[str], where: str, known: Iterable[str] = (), reads: str = "") -> RefusedError:
+    """The refusal of data without the column `name`; columns in `known` have a use of their own. `reads`: the formats
+    that are read there, for it may be data of another kind."""
     near = nearest(name, [column for column in columns if column not in known])
     hint = f"did you mean `{near}`? Rename it" if near else "rename the one that holds it, or use other data"
+    if reads:
+        hint += f". Read here: {reads} (docs/data.md)"
     have = ", ".join(f"`{column}`" for column in columns)
     return RefusedError(f"{where}: no column `{name}`; the columns are {have}; {hint}")
 

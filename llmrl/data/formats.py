@@ -33,6 +33,7 @@ from llmrl.data.messages import HUMAN_MARK, Message, implicit_prompt, says_somet
 Text = str | list[Message]
 
 COLUMNS = ("prompt", "conversations", "chosen", "rejected", "tools", "chat_template_kwargs")
+READ = "preference pairs, with `prompt`, `chosen` and `rejected`"
 CALIBRATION = "calibration"
 EMPTY = f"an empty completion, which teaches nothing; {MEND}"
 EQUAL = f"equal to `chosen`, so the pair prefers nothing; {MEND}"
@@ -56,16 +57,17 @@ class Pair:
         return isinstance(self.prompt, list)
 
 
-def check_columns(columns: Sequence[str], first_row: dict[str, Any], where: str) -> None:
-    """Refuse data without `chosen` and `rejected`, or with a column that would be ignored against the user's intent."""
+def check_columns(columns: Sequence[str], first_row: dict[str, Any], where: str, reads: str = READ) -> None:
+    """Refuse data without `chosen` and `rejected`, or with a column that would be ignored against the user's intent.
+    `reads`: the formats that are read there, pairs among them."""
     for name in ("chosen", "rejected"):
         if name not in columns:
-            raise missing(name, columns, where, COLUMNS)
+            raise missing(name, columns, where, COLUMNS, reads)
     if "prompt" not in columns and "conversations" not in columns:
         # `question`, say, may be the prompt or a label; where the answers share no beginning it is the prompt.
         implicit = implicit_prompt(first_row["chosen"], first_row["rejected"])
         if nearest("prompt", [name for name in columns if name not in COLUMNS], close_only=bool(implicit)):
-            raise missing("prompt", columns, where, COLUMNS)
+            raise missing("prompt", columns, where, COLUMNS, reads)
     refuse_pictures(columns, where)
 
 

@@ -39,6 +39,7 @@ Say = Callable[[str], None]
 Text = str | list[Message]
 
 FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
+READ = "supervised rows, with `prompt` and `completion`, `messages`, `conversations` or `text`"
 KWARGS = "chat_template_kwargs"
 EXTRAS = ("tools", KWARGS)
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -91,10 +92,11 @@ def _format(columns: Sequence[str], where: str) -> tuple[str, ...]:
             return names
     known = [name for names in FORMATS for name in names]
     if "prompt" in columns or "completion" in columns:
-        raise missing("completion" if "prompt" in columns else "prompt", columns, where, known)
+        raise missing("completion" if "prompt" in columns else "prompt", columns, where, known, READ)
     have = ", ".join(f"`{name}`" for name in columns)
     raise RefusedError(
-        f"{where}: no column `messages`, `text`, or `prompt` with `completion`; the columns are {have}; rename them"
+        f"{where}: no column `messages`, `text`, or `prompt` with `completion`; the columns are {have}; rename them "
+        "(docs/data.md)"
     )
 
 

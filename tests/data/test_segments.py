@@ -10,7 +10,7 @@ from support.pairs import GOOD, assistant, keys, prepared, user
 from support.refusals import file_refusal
 from transformers import PreTrainedTokenizerFast
 
-from llmrl.data.segment_formats import COMPARED_SEGMENTS, PAIRS, SCORED_SEGMENTS
+from llmrl.data.segment_formats import COMPARED_SEGMENTS, PAIRS, READ, SCORED_SEGMENTS
 from llmrl.data.segments import CONTEXT, SegmentData, prepare_segments, segments_of
 from llmrl.errors import RefusedError
 
@@ -248,7 +248,7 @@ def test_a_faulty_row_is_named_by_file_row_and_column(
 
 CHAT_FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no message": ({"completion": []}, "first.completion", "an empty segment"),
-    "nobody acts": ({"completion": [user("Hi")]}, "first.completion", "an empty segment"),
+    "nobody acts": ({"completion": [user("Hi")]}, "first.completion", "no message of the assistant"),
     "says nothing": ({"completion": [assistant("4"), user("No"), assistant("")]}, "first.completion", "an empty"),
     "ends with another's": ({"completion": [assistant("4"), user("No")]}, "first.completion", "leave the messages"),
     "within a turn": ({"prompt": [user("2+2?"), assistant("It")]}, "first.prompt", "is given as text"),
@@ -291,9 +291,9 @@ def test_a_missing_column_is_named(plain: PreTrainedTokenizerFast, tmp_path: Pat
     for name in ("first", "second", "label"):
         rows = [{key: value for key, value in TEXT.items() if key != name}] * 2
         assert f"rows.jsonl: no column `{name}`" in file_refusal(prepare_segments, plain, tmp_path / "rows.jsonl", rows)
-    assert "no column `chosen`" in file_refusal(
-        prepare_segments, plain, tmp_path / "rows.jsonl", [{"prompt": "2", "rejected": "3"}]
-    )
+    problems = [{"prompt": "2", "answer": "3"}] * 2
+    message = file_refusal(prepare_segments, plain, tmp_path / "rows.jsonl", problems)
+    assert [words for words in ("no column `chosen`", *READ.split("; "), "docs/data.md") if words not in message] == []
 
 
 def test_two_formats_in_two_splits_are_refused(plain: PreTrainedTokenizerFast) -> None:
