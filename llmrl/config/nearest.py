@@ -13,6 +13,7 @@ ELSEWHERE = {
     "datasets": "mixtures are not supported: write one file, and name it in dataset_name",
     "lr": "use learning_rate",
     "torch_dtype": "use dtype",
+    "use_lora": "use use_peft; the lora_ keys say how large the adapter is",
     "bf16": "use mixed_precision: bf16",
     "fp16": "use mixed_precision: fp16",
     "tf32": "choose dtype or mixed_precision",

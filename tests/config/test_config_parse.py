@@ -152,7 +152,12 @@ def test_the_right_key_in_the_wrong_place_is_found():
 
 @pytest.mark.parametrize(
     ("word", "remedy"),
-    [("env", "shell"), ("per_device_train_batch_size", "tokens_per_microbatch"), ("bf16", "mixed_precision")],
+    [
+        ("env", "shell"),
+        ("per_device_train_batch_size", "tokens_per_microbatch"),
+        ("bf16", "mixed_precision"),
+        ("use_lora", "use_peft"),
+    ],
 )
 def test_names_from_elsewhere_get_their_replacement(word: str, remedy: str):
     message = refusal(f"--{word}", "8")
