@@ -29,6 +29,12 @@ READERS: dict[str, Callable[[Path], pa.Table]] = {
     ".csv.gz": read_csv,
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+WRITTEN = "runs"
+"""The folder in which presets look for what commands have written: never the owner of a hub dataset."""
+WHO_WRITES = (
+    f"what lies in {WRITTEN}/ is written by an earlier command: run the one that the README.md beside the preset gives "
+    "for it, or check dataset_name"
+)
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev")}
 
 
@@ -70,8 +76,9 @@ def find_source(dataset: str | Dataset | DatasetDict, config: str | None = None)
         return _of_folder(path)
     if path.exists():
         return Source({"train": str(path)}, {"train": partial(_read, path)})
-    if _suffix(path) or not HUB_ID.fullmatch(dataset):
-        raise RefusedError(f"{dataset}: no such file or folder (looked from {Path.cwd()}); check dataset_name")
+    if _suffix(path) or path.parts[:1] == (WRITTEN,) or not HUB_ID.fullmatch(dataset):
+        made = WHO_WRITES if path.parts[:1] == (WRITTEN,) else "check dataset_name"
+        raise RefusedError(f"{dataset}: no such file or folder (looked from {Path.cwd()}); {made}")
     return _of_hub(dataset, config)
 
 

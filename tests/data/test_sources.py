@@ -147,11 +147,12 @@ def test_the_row_that_does_not_fit_is_named_in_a_later_chunk(tmp_path: Path) -> 
         load_rows(str(tmp_path / "d.jsonl"))
 
 
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/no/such/folder", "a/b/c"])
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/no/such/folder", "a/b/c", "runs/later"])
 def test_a_missing_path_is_named(name: str) -> None:
     with pytest.raises(RefusedError, match="no such file or folder") as refused:
         load_rows(name)
     assert name in str(refused.value)
+    assert ("README.md beside the preset" in str(refused.value)) == name.startswith("runs/")
 
 
 def test_a_hub_id_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
