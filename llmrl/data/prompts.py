@@ -58,6 +58,8 @@ def prompts_of_dataset(
     train, heldout = train_and_heldout(keys, say, dataset)
     kept = [_fitting(rows, keys, length_of, room, say, tried) for rows in (train, heldout) if rows is not None]
     evaluated = kept[1][: keys.eval_rows] if len(kept) > 1 else []
+    if heldout is not None and len(evaluated) < len(kept[1]):
+        say(f"data: {heldout.where}: the first {len(evaluated)} of the held-out rows are evaluated (eval_rows)")
     if not kept[0]:
         raise RefusedError(f"{train.where}: no prompt leaves room for an answer, so there is nothing to train on")
     return PromptData(kept[0], evaluated, _fingerprint(kept[0]), frozenset(train.table.column_names))

@@ -51,3 +51,13 @@ def test_a_data_set_beside_rows_of_the_environments_own_is_refused_with_the_way_
         match=r"row 1, the environment .* does not begin: KeyError: 'number'.*rows of its own, which --dataset_name",
     ):
         task(tmp_path)
+
+
+def test_how_many_of_the_held_out_rows_are_evaluated_is_said(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for split, count in (("train", 4), ("test", 3)):
+        (rows / f"{split}.jsonl").write_text("".join(f'{{"number": {i}}}\n' for i in range(count)))
+    made, said = task(tmp_path, dataset_name=str(rows), eval_rows=2)
+    assert len(made.data.heldout) == 2
+    assert sum("the first 2 of the held-out rows are evaluated (eval_rows)" in line for line in said) == 1
