@@ -184,7 +184,7 @@ def picture(results: studies.Results) -> str:
         mean, low, high = mean_interval([float(right) for right in one["correct"]])
         accuracy.lines.setdefault(line, []).append((one["width"], 100 * mean, 100 * low, 100 * high))
         length.lines.setdefault(line, []).append((one["width"], *mean_interval([float(n) for n in one["lengths"]])))
-    return pictures.drawn([accuracy, length], "width of the beam")
+    return pictures.drawn([accuracy, length], "width of the beam", "95% intervals")
 
 
 if __name__ == "__main__":
