@@ -37,6 +37,7 @@ from llmrl.errors import RefusedError
 
 SCORED_COLUMNS = ("prompt", "completions", "rewards", "completion_ids", "logprobs", "ended")
 COLUMNS = (*SCORED_COLUMNS, "tools", "chat_template_kwargs")
+READ = "scored samples, with `prompt`, `completions` and `rewards`"
 ROUNDING = 1e-3
 """Nats by which a log-probability may lie above 0."""
 NO_LOGPROBS = (
@@ -80,7 +81,7 @@ def check_scored_columns(columns: Sequence[str], where: str, needs_logprobs: boo
     """Refuse data without a column that is needed."""
     for name in ("prompt", "completions", "rewards"):
         if name not in columns:
-            raise missing(name, columns, where, COLUMNS)
+            raise missing(name, columns, where, COLUMNS, READ)
     if needs_logprobs and "logprobs" not in columns:
         like = nearest("logprobs", [name for name in columns if name not in COLUMNS], close_only=True)
         hint = f" (did you mean `{like}`? Rename it)" if like else ""

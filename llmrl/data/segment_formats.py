@@ -27,6 +27,7 @@ from llmrl.data.columns import MEND, missing, read_extras, read_text_or_dialogue
 from llmrl.data.faults import RowFault
 from llmrl.data.formats import Text
 from llmrl.data.messages import Message, kind_of, says_something
+from llmrl.data.scored_rows import READ as SCORED
 from llmrl.errors import RefusedError
 
 COLUMNS = ("first", "second", "label", "segments")
@@ -40,8 +41,7 @@ SHOWN_BY = {
 MOST = 3.4e38
 """What a float32 holds, as which scores are kept."""
 READ = (
-    f"{formats.READ}; compared segments, with `first`, `second` and `label`; scored segments, with `segments`; scored "
-    "samples, with `prompt`, `completions` and `rewards`"
+    f"{formats.READ}; compared segments, with `first`, `second` and `label`; scored segments, with `segments`; {SCORED}"
 )
 EMPTY = f"an empty segment, which is no behaviour to prefer; {MEND}"
 NOBODY = f"no message of the assistant in it, and only the assistant's behaviour is compared; {MEND}"

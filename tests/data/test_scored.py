@@ -186,6 +186,7 @@ def test_missing_logprobs_are_refused_where_they_are_needed(plain: PreTrainedTok
         (("prompt", "completions", "scores"), ["no column `rewards`", "did you mean `scores`?"]),
         (("prompt", "responses", "rewards"), ["no column `completions`", "did you mean `responses`?"]),
         (("question", "completions", "rewards"), ["no column `prompt`", "did you mean `question`?"]),
+        (("prompt", "chosen", "rejected"), ["no column `completions`", "Read here: scored samples", "docs/data.md"]),
     ],
 )
 def test_a_missing_column_is_named_with_the_nearest(
