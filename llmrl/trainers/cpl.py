@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 AUTHORS_BC_SHARE = 2 / 5
 """Of all steps (authors' code: 200,000 of 500,000 from states)."""
+ALGORITHM = ("alpha", "lam", "bc_coef", "bc_on", "gamma", "step", "mean_per_step", "bc_steps", "bc_learning_rate")
+"""Keys whose defaults are the published algorithm."""
 SATURATED = 5.0
 """|A(p) - lam A(n)| above which the logistic hardly tells a little better from much better: its slope is below 1%."""
+MOVED_BY = 10
+"""Steps of comparisons after which a policy that began as its reference, with all scores 0, can be saturated."""
 
 
 class CPLConfig(OfflineKeys):
@@ -115,8 +119,14 @@ def describe(config: CPLConfig, world_size: int) -> dict[str, str | int | float]
         phases = f"{cloning} steps of cloning, then {config.max_steps - cloning} of comparisons"
     else:
         phases = f"{'two fifths' if config.bc_steps < 0 else config.bc_steps} of the steps clone, the others compare"
-    own = [f"{name} {value}" for name in ("alpha", "lam", "bc_coef") if (value := getattr(config, name)) is not None]
-    return {**described, "phases": phases, "algorithm": f"{config.variant}, {', '.join(own) or 'as published'}"}
+    return {**described, "phases": phases, "algorithm": f"{config.variant}, {_own(config) or 'as published'}"}
+
+
+def _own(config: CPLConfig) -> str:
+    """What is set otherwise than the variant has it."""
+    given = {name: getattr(config, name) for name in ALGORITHM}
+    changed = {name: value for name, value in given.items() if value != CPLConfig.model_fields[name].default}
+    return ", ".join(f"{name} {str(value).lower()}" for name, value in changed.items())
 
 
 def check(config: CPLConfig) -> list[str]:
@@ -157,8 +167,6 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
         run.note(f"The first {cloning_steps} steps clone behaviour, the other {total_steps - cloning_steps} compare.")
         if cpl.reference:
             offline.keep_reference()
-    if run.start_step > cloning_steps > 0:
-        learner.restart(**comparing)
     for step in session.steps():
         if step == cloning_steps > 0:
             learner.restart(**comparing)
@@ -167,10 +175,10 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
                     offline.take_reference(range(step, total_steps))
         metrics = learner.update(offline.groups(step), cloning if step < cloning_steps else objective)
         session.record(metrics)
-        if step == cloning_steps:
-            _warn_if_saturated(metrics.get("cpl/logit_abs", 0.0), cpl.alpha, run.note)
-        # What was cloned is kept before the reference is taken from it, which may take long.
-        session.control.should_save |= step == cloning_steps - 1
+        if step - cloning_steps == (MOVED_BY if cpl.reference else 1) - 1:
+            _warn_if_saturated(metrics.get("cpl/logit_abs", 0.0), cpl, run.note)
+        if step == cloning_steps - 1:  # what was cloned is kept before the reference is taken from it
+            session.save_after_this_step()
     session.finish()
 
 
@@ -239,10 +247,11 @@ def _objective(config: CPLConfig, data: "ComparisonData") -> "CPL":
         raise RefusedError(f"{error}. Use comparisons sparse, or bc_on all") from None
 
 
-def _warn_if_saturated(logit: float, alpha: float, say: Callable[[str], None]) -> None:
+def _warn_if_saturated(logit: float, cpl: "CPL", say: Callable[[str], None]) -> None:
     if logit > SATURATED:
+        when = f"after {MOVED_BY} steps of comparisons" if cpl.reference else "in the mean of the first comparisons"
         say(
-            f"warning: |A(preferred) - lam A(other)| is {logit:.1f} in the mean of the first comparisons: the loss is "
-            f"saturated, pairs that are right hardly teach any more. alpha {alpha:g} is too large for segments of this "
-            f"length; about {alpha / logit:.2g} would make it 1"
+            f"warning: |A(preferred) - lam A(other)| is {logit:.1f} {when}: the loss is saturated, pairs that are "
+            f"right hardly teach any more. alpha {cpl.alpha:g} is too large for segments of this length; about "
+            f"{cpl.alpha / logit:.2g} would make it 1"
         )

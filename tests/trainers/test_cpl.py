@@ -135,13 +135,15 @@ def test_scored_samples_are_learned_from(tmp_path: Path, mode: str) -> None:
     assert last["rewards/accuracies"] > max(0.75, first["rewards/accuracies"] + 0.1)
 
 
-def test_a_saturated_start_is_said_with_the_alpha_that_would_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("settings", "steps"), [({}, 1), ({"variant": "cpl_kl", "lam": 1}, 10)])
+def test_a_saturated_loss_is_said_with_the_alpha_that_would_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], steps: int
 ) -> None:
-    assert run(configured(tmp_path, bc_steps=0, max_steps=1, alpha=20)) == 0
+    """At once, or where all scores begin at 0 (CPL-KL), after some steps."""
+    assert run(configured(tmp_path, bc_steps=0, max_steps=steps, alpha=20, **settings)) == 0
     said = re.search(r"warning: .* alpha 20 is too large .*; about ([\d.]+) would make it 1", capsys.readouterr().out)
     assert said is not None
-    assert float(said[1]) == pytest.approx(20 / metrics(tmp_path / "run")[0]["cpl/logit_abs"], rel=0.05)
+    assert float(said[1]) == pytest.approx(20 / metrics(tmp_path / "run")[-1]["cpl/logit_abs"], rel=0.05)
 
 
 def test_nothing_but_ties_trains_and_claims_no_accuracy(tmp_path: Path) -> None:
@@ -227,13 +229,14 @@ def test_data_problems_leave_nothing_behind(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_dry_run_says_how_the_steps_are_divided() -> None:
-    config = cpl.CPLConfig(
-        model_name_or_path="m", dataset_name="d", output_dir="o", max_steps=50, variant="cpl_kl", lam=0.9
-    )
+    def configuration(**settings: Any) -> cpl.CPLConfig:
+        return cpl.CPLConfig(model_name_or_path="m", dataset_name="d", output_dir="o", **settings)
+
+    config = configuration(max_steps=50, variant="cpl_kl", lam=0.9)
     told = cpl.describe(config, 1)
     assert told["phases"] == "20 steps of cloning, then 30 of comparisons"
     assert told["algorithm"] == "cpl_kl, lam 0.9"
     assert config.cloning_rate == pytest.approx(1e-5)
-    assert cpl.describe(cpl.CPLConfig(model_name_or_path="m", dataset_name="d", output_dir="o"), 1)["algorithm"] == (
-        "cpl, as published"
-    )
+    assert cpl.describe(configuration(), 1)["algorithm"] == "cpl, as published"
+    own = configuration(gamma=0.5, step="turn", mean_per_step=True, bc_steps=0)
+    assert cpl.describe(own, 1)["algorithm"] == "cpl, gamma 0.5, step turn, mean_per_step true, bc_steps 0"
