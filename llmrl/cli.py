@@ -21,6 +21,7 @@ from llmrl.errors import LlmrlError, RefusedError
 from llmrl.runs import trackers
 from llmrl.runs.claims import claimable
 from llmrl.runs.console import Console, complain
+from llmrl.runs.launch import dry_run_text
 
 RECIPE_PRESETS = ("tiny.yaml", "laptop.yaml")
 
@@ -91,6 +92,7 @@ def credit(words: Sequence[str]) -> None:
     --reference  what the policy was trained from; `starter` and `smollm2` are known by name
     --data       preference pairs, in any format that llmrl trains on (docs/data.md)
     --rows       rows of the data, from 1 (default: 1,2,3)
+    --output     the page to write, such as map.html (default: the map is shown in the terminal)
     --beta       the beta of the training (default: 0.1)
     --step_delimiter  a regular expression that ends a step (default: a newline, so that steps are lines)
     --step_function   FILE.py:FUNCTION instead, from an answer's text to the list of its steps
@@ -102,11 +104,46 @@ def credit(words: Sequence[str]) -> None:
     show(parse(CreditKeys, words).config, Console().say)
 
 
+def sample(words: Sequence[str]) -> None:
+    """llmrl sample --model MODEL --prompts DATA --output FILE.jsonl [--form FORM] [--key value ...]
+
+    Has a model answer prompts, scores its answers, and writes them as data to train on (docs/data.md); or writes those
+    that a run has kept (--from_run), or that are in a file already (--from_samples).
+
+    --model         the model that is asked: a folder, a hub id, `starter` or `smollm2`
+    --prompts       what it is asked: data with a column `prompt`, and the columns that the rewards read
+    --split         split of the prompts (default: train); --max_prompts: the first so many only
+    --rewards       reward functions or a reward model (default: correct_number); further keys: docs/rewards.md
+    --samples_per_prompt  answers to each prompt (default: 8), of at most --max_new_tokens (default: 256) tokens
+    --temperature   of sampling (default: 1), with --seed (default: 0)
+    --dtype         of the model's weights (default: float32 on a CPU, bfloat16 on a GPU)
+    --from_run      instead of a model: the directory of a run that has kept its rollouts; --steps 1,2: these alone
+    --from_samples  instead of a model: a file of scored samples
+    --form          scored (default), pairs (a right and a wrong answer), best_and_worst (pairs as well), best
+                    (supervised rows) or segments (the only form of rollouts of several turns)
+    --pairs_per_prompt  of form pairs: at most so many of a prompt (default: 2)
+    --right_above   of forms pairs and best: an answer with a reward above it is right (default: 0.5)
+    --max_rows      stop when so many rows are made; fewer than --least_rows (default: 1) are a failure
+    --output        the file to write, which must not be there yet
+    --dry-run       print the resolved keys and what they come to; load and write nothing
+    """
+    from llmrl.evaluation.sampling.keys import SampleKeys, described
+
+    command = parse(SampleKeys, words)
+    if command.dry_run:
+        Console().say(dry_run_text(command.config, described(command.config)))
+        return
+    from llmrl.evaluation.sampling.making import make
+
+    make(command.config, Console().say)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "check": check,
     "report": report,
     "model": model,
     "credit": credit,
+    "sample": sample,
 }
 
 

@@ -212,7 +212,7 @@ def _logprobs(
 
 def best_and_worst(row: dict[str, Any]) -> list[dict[str, Any]]:
     """A row as one preference pair, its best completion against its worst, the first of equal ones; none where all are
-    equally good. Only completions that ended by themselves and say something take part, in all converters."""
+    equally good. Only completions that ended by themselves and say something take part, but for segments."""
     usable = _usable(row)
     if not usable:
         return []
@@ -243,6 +243,25 @@ def best_of_n(row: dict[str, Any], right_above: float | None = None) -> list[dic
     if right_above is not None and not reward > right_above:
         return []
     return [{**_beside(row), "prompt": without_none(row["prompt"]), "completion": completion, "reward": reward}]
+
+
+def as_segments(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row as one row of scored segments, its completions with their rewards as scores; none of fewer than two.
+
+    Here completions that a limit cut off stay: a segment can say that it does not end.
+    """
+    read, prompt = read_scored(row), without_none(row["prompt"])
+    segments = [
+        {
+            "prompt": prompt,
+            "completion": without_none(row["completions"][i]),
+            "score": read.rewards[i],
+            "ends": read.ended[i],
+        }
+        for i in read.chosen
+        if _text(read.completions[i]).strip()
+    ]
+    return [{**_beside(row), "segments": segments}] if len(segments) > 1 else []
 
 
 def _usable(row: dict[str, Any]) -> list[tuple[Any, float]]:

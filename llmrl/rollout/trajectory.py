@@ -101,8 +101,9 @@ class Rollout:
         return totals
 
     def record(self, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-        """The rollout as a line of rollouts/step_N.jsonl: `completions` are its turns to the letter, with what the
-        tokenizer adds to what was said, `messages` what was made of them and what the environment answered."""
+        """The rollout as a line of rollouts/step_N.jsonl: `prompt` and `completions` are its first prompt and its turns
+        to the letter, with what the tokenizer adds to what was said; `opening` is what had been said before the first
+        turn, `messages` what was made of the turns and what the environment answered."""
         return {
             "row": self.row,
             "sample": self.sample,
@@ -110,12 +111,14 @@ class Rollout:
             "scores": self.scores,
             **({"penalty": self.penalty} if self.penalty else {}),
             "end_state": self.end_state,
+            "ends_in_stop": self.ends_in_stop,
             **({"error": self.error} if self.error else {}),
             "num_turns": len(self.turns),
             "num_sampled": self.num_sampled,
             "policy_versions": sorted({turn.policy_version for turn in self.turns}),
             "prompt": decode(self.pieces[0][: self.turns[0].start]) if self.turns else "",
             "completions": [decode(self.pieces[turn.piece][turn.start : turn.end]) for turn in self.turns],
+            "opening": self.messages[: self.opening],
             "messages": self.messages[self.opening :],
             **({"extra": self.extra} if self.extra else {}),
         }

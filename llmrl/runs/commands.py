@@ -33,6 +33,7 @@ def run_shown(console: Console, title: str, words: list[str], root: Path) -> flo
     console.rule(f"[bold]{title}")
     shown = shlex.join(["python", *words]).replace(f"{root}/", "")
     shown = shown.replace("python -m accelerate.commands.launch", "accelerate launch")
+    shown = shown.replace("python -m llmrl.cli", "llmrl")
     console.print(shown, style="dim", soft_wrap=True, markup=False, highlight=False)
     environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     began = time.monotonic()

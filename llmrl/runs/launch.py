@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from pydantic import BaseModel
+
 from llmrl.config.keys import RunKeys
 from llmrl.config.parse import parse
 from llmrl.config.resolved import to_yaml
@@ -63,7 +65,7 @@ def run_command(
     return _trained(command.config, run, train)
 
 
-def dry_run_text(config: RunKeys, derived: Derived) -> str:
+def dry_run_text(config: BaseModel, derived: Derived) -> str:
     """The resolved file, and the derived figures as comments: the output can be saved and given back as `--config`."""
     width = max((len(key) for key in derived), default=0)
     lines = [f"# {key:<{width}}  {value}" for key, value in derived.items()]

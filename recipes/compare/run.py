@@ -3,7 +3,7 @@ seeds; one table and one picture at the end.
 
     python recipes/compare/run.py [--methods dpo brain ...] [--seeds 0 1 2] [--output_dir DIR]
 
-For each seed the model answers the prompts (sample.py), the answers are turned into what each method takes, and every
+For each seed the model answers the prompts (llmrl sample), the answers become what each method takes, and every
 method is trained by its own recipe's command. Given again, it goes on where it was stopped.
 """
 
@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ import figure
 from rich.console import Console
 from rich.table import Table
 
-from llmrl.data.scored_rows import best_of_n, right_and_wrong
+from llmrl.errors import LlmrlError
 from llmrl.evaluation.intervals import student_interval
+from llmrl.evaluation.sampling.keys import Form, SampleKeys
+from llmrl.evaluation.sampling.making import make
 from llmrl.runs.commands import is_done, launch, run_shown
 from llmrl.runs.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
 SAMPLES_PER_PROMPT, COMPLETIONS_PER_STEP, PAIRS_PER_PROMPT = 8, 64, 2
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Method:
     label: str
     script: str
     config: str
-    data: str | None
+    data: Form | None
     arguments: tuple[str, ...] = ()
 
 
 PAIRS = str(COMPLETIONS_PER_STEP // 2)
+MAX_TOKENS = "64"  # of an answer
 OF_PAIRS = ("--learning_rate", "5e-5")  # that of all three alike: their presets' are for other pairs
 METHODS = {
     "sft_best": Method(
@@ -61,14 +62,9 @@ METHODS = {
     "direct_advantage": Method(
         "Direct Advantage", "direct_advantage/run.py", "direct_advantage/tiny.yaml", None,
         ("--rounds", "1", "--prompts_per_round", "256", "--kept_per_prompt", "2", "--completions_per_state", "6",
-         "--states_per_step", "16", "--max_completion_length", "64"),
+         "--states_per_step", "16", "--max_completion_length", MAX_TOKENS),
     ),
 }  # fmt: skip
-FORMS: dict[str, Callable[[dict[str, Any]], Rows]] = {
-    "scored": lambda row: [row],
-    "pairs": lambda row: right_and_wrong(row, PAIRS_PER_PROMPT),
-    "best": lambda row: best_of_n(row, right_above=0.5),
-}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -114,22 +110,19 @@ def shared_samples(console: Console, args: argparse.Namespace, folder: Path, see
     samples = folder / "scored.jsonl"
     if not samples.exists():
         words = [
-            str(HERE / "sample.py"), "--model", args.model, "--prompts", args.problems, "--seed", str(seed),
+            "-m", "llmrl.cli", "sample", "--model", args.model, "--prompts", args.problems, "--seed", str(seed),
             "--max_prompts", str(args.max_prompts), "--samples_per_prompt", str(SAMPLES_PER_PROMPT),
-            "--output", str(samples), "--rewards", *args.rewards,
+            "--max_new_tokens", MAX_TOKENS, "--output", str(samples), "--rewards", json.dumps(args.rewards),
         ]  # fmt: skip
         run_shown(console, f"seed {seed}: {SAMPLES_PER_PROMPT} samples of each prompt", words, ROOT)
-    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    for name in dict.fromkeys(METHODS[method].data for method in args.methods):
-        if name is None or (file := folder / f"{name}.jsonl").exists():
+    for form in dict.fromkeys(METHODS[method].data for method in args.methods):
+        if form is None or (file := folder / f"{form}.jsonl").exists():
             continue
-        made = [each for row in rows for each in FORMS[name](row)]
-        if not made:
-            sys.exit(f"{samples} gives no {name}: no prompt has both right and wrong answers, or none is right")
-        pending = file.with_name(f".tmp_{file.name}")
-        pending.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8")
-        pending.replace(file)
-        console.print(f"{file}: {len(made)} rows")
+        keys = {"from_samples": str(samples), "form": form, "pairs_per_prompt": PAIRS_PER_PROMPT, "output": str(file)}
+        try:
+            make(SampleKeys.model_validate(keys), console.print)
+        except LlmrlError as error:
+            sys.exit(f"{samples}: {error}")
 
 
 def trained(console: Console, args: argparse.Namespace, method: Method, folder: Path, seed: int) -> dict[str, Any]:

@@ -2,47 +2,57 @@
 
 python recipes/direct_advantage/pairs.py RUN_DIR --output FILE.jsonl [--round 1] [--completions]
 
-A right answer is preferred to a wrong one to the same prompt; of each kind different ones alone, and right ones are
-used again where they are fewer. `--completions`: among all answers that the round has judged, also those from states.
+A right answer is preferred to a wrong one to the same prompt; of each kind different ones alone that ended by
+themselves, and right ones are used again where they are fewer. `--completions`: among all answers that the round has
+judged, also those from states.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llmrl.data.sources import find_source
+from llmrl import models
+from llmrl.data.scored_rows import right_and_wrong
+from llmrl.evaluation.sampling.making import rows_of_run
+from llmrl.learner.loading import load_tokenizer, stop_token_ids
+from llmrl.rewards.scored_samples import write_rows
 from llmrl.runs.files import read_lines
 
 
-def answers(run: Path, number: int, config: dict[str, Any], completions: bool) -> Iterator[tuple[int, str, bool]]:
-    """(row, text, whether it is right) of the round's answers."""
+def answers(run: Path, number: int, completions: bool) -> Iterator[dict[str, Any]]:
+    """The round's answers as scored samples, with reward 1 where they are right."""
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     threshold = 1.0 if config["success_threshold"] is None else config["success_threshold"]
     first_step = (number - 1) * (config["max_steps"] // config["rounds"]) + 1
-    for line in read_lines(run / "rollouts" / f"step_{first_step}.jsonl"):
-        yield line["row"], line["messages"][0]["content"], line["reward"] >= threshold
+    further = from_states(run, number, config) if completions else {}
+    for row in rows_of_run(run, [first_step]):
+        more = further.get(row["row"], [])
+        yield {
+            **row,
+            "completions": [*row["completions"], *([{"role": "assistant", "content": text}] for text, _, _ in more)],
+            "rewards": [
+                *(None if reward is None else float(reward >= threshold) for reward in row["rewards"]),
+                *(float(right) for _, right, _ in more),
+            ],
+            "ended": [*row["ended"], *(ended for _, _, ended in more)],
+        }
+
+
+def from_states(run: Path, number: int, config: dict[str, Any]) -> dict[int, list[tuple[str, bool, bool]]]:
+    """By row: (text, whether it is right, whether it ended by itself) of what followed a state, the state before it."""
+    path = models.resolve(config["model_name_or_path"])
+    stops = {load_tokenizer(path).eos_token_id, *stop_token_ids(path)}
     folder = run / "rounds" / f"round_{number}"
     begun = {line["state"]: line["text"] for line in read_lines(folder / "states.jsonl")}
-    for line in read_lines(folder / "completions.jsonl") if completions else ():
+    found: dict[int, list[tuple[str, bool, bool]]] = {}
+    for line in read_lines(folder / "completions.jsonl"):
         for one in line["completions"]:
-            yield line["row"], begun[line["state"]] + one["text"], one["right"]
-
-
-def pairs(run: Path, number: int, completions: bool) -> Iterator[dict[str, Any]]:
-    """Rows `prompt, chosen, rejected`."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    prompts = find_source(config["dataset_name"]).rows(config["dataset_train_split"], "dataset_train_split")
-    found: dict[int, tuple[dict[str, None], dict[str, None]]] = {}
-    for row, text, right in answers(run, number, config, completions):
-        found.setdefault(row, ({}, {}))[not right][text] = None
-    for row, (right, wrong) in found.items():
-        for chosen, rejected in zip(cycle(right), wrong, strict=False):
-            said = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
-            yield {"prompt": prompts[row - 1]["prompt"], "chosen": said[0], "rejected": said[1]}
+            ended = bool(one["ids"]) and one["ids"][-1] in stops
+            found.setdefault(line["row"], []).append((begun[line["state"]] + one["text"], one["right"], ended))
+    return found
 
 
 def main() -> None:
@@ -52,9 +62,9 @@ def main() -> None:
     parser.add_argument("--round", type=int, default=1)
     parser.add_argument("--completions", action="store_true")
     args = parser.parse_args()
-    rows = list(pairs(args.run, args.round, args.completions))
-    args.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows)} pairs in {args.output}")
+    rows = answers(args.run, args.round, args.completions)
+    pairs = (pair for row in rows for pair in right_and_wrong(row, len(row["completions"])))
+    print(f"{write_rows(args.output, pairs)} pairs in {args.output}")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ HERE = Path(__file__).resolve().parent
 PROBLEMS = ["--tables", "problems", "sft", "--levels", "1", "--scale", "5"]
 """Two-digit sums only: a short training on one kind of problem brings a small model from little to much."""
 SAMPLING = {
-    "laptop": ["--max_problems", "160", "--num_pairs", "112", "--pairs_per_problem", "2", "--max_new_tokens", "48"],
-    "tiny": ["--max_problems", "800", "--num_pairs", "960", "--pairs_per_problem", "2", "--max_new_tokens", "64"],
+    "laptop": ["--max_prompts", "160", "--max_rows", "112", "--max_new_tokens", "48"],
+    "tiny": ["--max_prompts", "800", "--max_rows", "960", "--max_new_tokens", "64"],
 }
+LEAST_PAIRS = "32"
 SHOWN = 3
 Metrics = dict[str, Any]
 
@@ -74,13 +75,17 @@ def main() -> int:
     changes = ["--dataset_name", str(data / "sft" / "train.jsonl"), *judge]
     recipe(console, "1/3 supervised fine-tuning on worked answers", "sft", preset, sft, *changes)
     if not pairs.exists():
-        script = [str(HERE / "sample_pairs.py"), "--model", str(sft / "final"), "--output", str(pairs)]
-        problems = ["--problems", str(data / "problems")]
-        words = [*script, *problems, *SAMPLING[preset]]
+        words = sampling(str(sft / "final"), str(data / "problems"), str(pairs), preset)
         run_shown(console, "2/3 the tuned model's own right and wrong answers", words, ROOT)
     changes = ["--model_name_or_path", str(sft / "final"), "--dataset_name", str(pairs), *judge]
     recipe(console, "3/3 DPO on them", "dpo", preset, dpo, *changes)
     return conclude(console, out, sft, dpo, time.monotonic() - began)
+
+
+def sampling(model: str, problems: str, pairs: str, preset: str) -> list[str]:
+    """The words after `python` that have the model answer problems, and pair its right answers with its wrong ones."""
+    named = ["--model", model, "--prompts", problems, "--output", pairs, "--form", "pairs", "--least_rows", LEAST_PAIRS]
+    return ["-m", "llmrl.cli", "sample", *named, *SAMPLING[preset]]
 
 
 def available_preset(preset: str, console: Console) -> str:

@@ -12,6 +12,7 @@ import pytest
 from support.recipe_run import ROOT
 
 from llmrl.config.parse import parse
+from llmrl.evaluation.sampling.keys import SampleKeys
 from llmrl.trainers import METHODS
 
 TRAINERS = {"sft_best": "sft", "brain": "brain_offline"}
@@ -46,6 +47,20 @@ def test_every_command_is_one_that_its_recipe_takes(compare: Any, tmp_path: Path
             "direct_advantage": lambda c: 64,  # the actions of its states are as many as they are
         }.get(name, lambda c: 2 * c.pairs_per_step)
         assert per_step(config) == compare.COMPLETIONS_PER_STEP, name
+
+
+def test_the_samples_are_asked_for_by_a_command_that_llmrl_takes(
+    compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(console: object, title: str, words: list[str], root: Path) -> float:
+        assert words[:3] == ["-m", "llmrl.cli", "sample"]
+        keys = parse(SampleKeys, words[3:]).config
+        assert (keys.seed, keys.form, [entry.function for entry in keys.rewards]) == (4, "scored", ["accuracy", "mine"])
+        raise KeyboardInterrupt  # nothing more is to be run
+
+    monkeypatch.setattr(compare, "run_shown", shown)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(["--seeds", "4", "--rewards", "accuracy", "mine", "--output_dir", str(tmp_path)])
 
 
 def said(text: str) -> list[dict[str, str]]:
@@ -87,5 +102,5 @@ def test_samples_that_teach_nothing_end_it(compare: Any, tmp_path: Path) -> None
     folder.mkdir()
     row = {"prompt": "1 + 1?", "completions": ["3", "4"], "rewards": [0.0, 0.0]}
     (folder / "scored.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(SystemExit, match=r"scored.jsonl gives no pairs"):
+    with pytest.raises(SystemExit, match=r"scored.jsonl: only 0 rows of form pairs"):
         compare.main(["--methods", "dpo", "--seeds", "0", "--output_dir", str(tmp_path)])
