@@ -50,6 +50,7 @@ class Learner:
         say: Callable[[str], None] = print,
     ) -> None:
         self.options = options
+        self._phase: dict[str, Any] = {}  # what `restart` changed of them
         self.accelerator = accelerator or sharding.build_accelerator()
         self.policy = Policy(
             causal_lm,
@@ -216,7 +217,8 @@ class Learner:
     def restart(self, **changes: Any) -> None:
         """A further phase of training, on the weights as they are: an optimizer that remembers nothing, and a schedule
         from its start. `changes`: LearnerOptions of this phase, such as learning_rate and total_steps. Called on all
-        ranks; whoever resumes within the phase calls it before `load`."""
+        ranks; `load` comes back into the phase in which was saved."""
+        self._phase |= changes
         self.options = replace(self.options, **changes)
         forget(self.optimizer, self.options)
         self.scheduler = self._course.scheduler = self._schedule()
@@ -313,10 +315,12 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Everything needed to go on exactly (trainable weights, optimizer, schedule, RNG); called on all ranks."""
-        state.save(self.accelerator, folder)
+        state.save(self.accelerator, folder, self._phase)
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; called on all ranks."""
+        """Restore what `save` wrote, in the phase in which it did; called on all ranks."""
+        if phase := state.phase_of(folder):
+            self.restart(**phase)
         state.load(self.accelerator, folder)
 
     def export(self, folder: Path) -> None:

@@ -5,7 +5,8 @@ sequences usually share their beginning. Groups are never split over micro-batch
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,30 @@ class TokenSequence:
 
 
 Group = tuple[TokenSequence, ...]
+_DTYPES = {
+    "token_ids": np.int64, "turn_index": np.int64, "reference_logprobs": np.float32, "behaviour_logprobs": np.float32,
+}  # fmt: skip
+
+
+def stored(sequence: TokenSequence) -> dict[str, Any]:
+    """Every field as JSON and checkpoints have it; of `scored` the [start, end) of each run."""
+    kept = {each.name: getattr(sequence, each.name) for each in fields(sequence)}
+    edges = np.flatnonzero(np.diff(sequence.scored.astype(np.int8), prepend=0, append=0))
+    return {
+        **{name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in kept.items()},
+        "scored": edges.reshape(-1, 2).tolist(),
+        "token_values": {name: numbers.tolist() for name, numbers in sequence.token_values.items()},
+    }
+
+
+def restored(kept: dict[str, Any]) -> TokenSequence:
+    """What `stored` gave. Raises KeyError or TypeError where it was not that."""
+    scored = np.zeros(len(kept["token_ids"]), np.bool_)
+    for start, end in kept["scored"]:
+        scored[start:end] = True
+    arrays = {name: None if kept[name] is None else np.asarray(kept[name], kind) for name, kind in _DTYPES.items()}
+    numbers = {name: np.asarray(values, np.float32) for name, values in kept["token_values"].items()}
+    return TokenSequence(**{**kept, **arrays, "scored": scored, "token_values": numbers})
 
 
 def totals(groups: Seq[Group]) -> Totals:

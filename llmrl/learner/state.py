@@ -4,6 +4,7 @@ Invariant: what is trained is saved, and nothing else. A frozen base is loaded a
 adapter's checkpoint stays small.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from llmrl.errors import RunFailedError
 from llmrl.learner.policy import Policy
 
-TRAINED = "trained.safetensors"
+TRAINED, PHASE = "trained.safetensors", "phase.json"
 
 
 @dataclass
@@ -70,10 +71,18 @@ def _trainable(policy: Policy) -> dict[str, nn.Parameter]:
     return {n: p for n, p in policy.named_parameters() if p.requires_grad}
 
 
-def save(accelerator: Accelerator, folder: Path) -> None:
-    """Write the training state into `folder`; called on all ranks."""
+def save(accelerator: Accelerator, folder: Path, phase: dict[str, Any]) -> None:
+    """Write the training state into `folder`, and the options of the phase of training; called on all ranks."""
     extra = {"exclude_frozen_parameters": True} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
     accelerator.save_state(str(folder), **extra)
+    if accelerator.is_main_process:
+        (folder / PHASE).write_text(json.dumps(phase) + "\n", encoding="utf-8")
+
+
+def phase_of(folder: Path) -> dict[str, Any]:
+    """The options of the phase in which `save` wrote: schedules are built from them before `load` says how far."""
+    found: dict[str, Any] = json.loads((folder / PHASE).read_text(encoding="utf-8"))
+    return found
 
 
 def load(accelerator: Accelerator, folder: Path) -> None:

@@ -28,6 +28,8 @@ from llmrl.runs import Run, checkpoints
 from llmrl.runs.final import publish_model
 
 STATE_FILE = "trainer_state.json"
+UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError)
+"""What loading a checkpoint raises whose files are not as they were written."""
 Evaluations = dict[str, dict[str, float]]
 """Metrics by the name of the evaluation."""
 
@@ -90,6 +92,10 @@ class Session:
             self.run.log(step, line)
             self._tell("on_log", logs=line)
 
+    def save_after_this_step(self) -> None:
+        """Leave a checkpoint once the step that is under way is done."""
+        self.control.should_save = True
+
     def checkpoint(self) -> None:
         """A checkpoint of the steps done so far, if there are any and it has not been left yet."""
         if self.state.global_step > 0:
@@ -134,7 +140,7 @@ class Session:
     def _load(self, checkpoint: Path) -> None:
         try:
             self.learner.load(checkpoint)
-        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        except UNREADABLE as error:
             what = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             raise RunFailedError(
                 f"{checkpoint} cannot be loaded, so its files must have been changed since they were written, or "

@@ -1,5 +1,6 @@
 """A further phase of training: the weights stay, and the optimizer is as if it had just been made."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,19 @@ def test_it_goes_on_as_a_new_learner_with_these_weights_would(value_head: bool) 
     for name, weight in fresh.policy.state_dict().items():
         assert torch.equal(first.policy.state_dict()[name], weight), name
     assert first.optimizer.param_groups[0]["initial_lr"] == 3e-4
+
+
+def test_a_checkpoint_comes_back_into_its_phase(tmp_path: Path) -> None:
+    first, again = (tiny_learner(reference="none", total_steps=9) for _ in range(2))
+    updated(first, 2)
+    first.restart(**SECOND)
+    updated(first, 2)
+    first.save(tmp_path)
+    again.load(tmp_path)
+    assert again.options == first.options
+    assert updated(again, 2) == updated(first, 2)
+    for name, weight in first.policy.state_dict().items():
+        assert torch.equal(again.policy.state_dict()[name], weight), name
 
 
 def test_what_was_learned_before_leaves_traces_only_without_it() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from llmrl.errors import LlmrlError
@@ -49,7 +50,13 @@ def beside(shares: Sequence[Collected]) -> Collected:
     return together
 
 
+def stored(found: Collected) -> dict[str, Any]:
+    """As a checkpoint can hold it."""
+    return asdict(found)
+
+
 def restored(stored: dict[str, Any]) -> Collected:
+    """What `stored` gave."""
     groups = [
         RolloutGroup(
             **{

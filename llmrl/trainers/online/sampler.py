@@ -11,7 +11,7 @@ Invariants
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from llmrl.data.order import RowCursor
@@ -24,7 +24,7 @@ from llmrl.rollout.protocol import Engine, row_seed
 from llmrl.rollout.trajectory import RolloutGroup
 from llmrl.runs import Run
 from llmrl.trainers.online.ahead import Ahead
-from llmrl.trainers.online.collected import Share, added, beside, is_mixed, restored, sound
+from llmrl.trainers.online.collected import Share, added, beside, is_mixed, restored, sound, stored
 from llmrl.trainers.online.config import SamplingConfig
 from llmrl.trainers.online.engines import (
     adapter_alone,
@@ -258,7 +258,7 @@ class Sampler:
         shares = gather(self.learner.accelerator, mine)
         if any(share is None for share in shares):  # the next step will say why; a resumed run tries again
             return {"position": self._ahead.position, "ahead": None}
-        parts = [[asdict(part) for part in share or []] for share in shares]
+        parts = [[stored(part) for part in share or []] for share in shares]
         return {"position": self.cursor.position, "ahead": {"position": self._ahead.position, "shares": parts}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -13,14 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmrl.errors import RefusedError
 from llmrl.evaluation.progress import Ticker
 from llmrl.learner.learner import Learner
-from llmrl.learner.sequences import Group, TokenSequence, completion
+from llmrl.learner.sequences import Group, completion, restored, stored
 from llmrl.learner.sharding import zero_stage
 from llmrl.learner.together import from_first, gather
 from llmrl.rollout.huggingface import HuggingFaceEngine
@@ -110,7 +108,7 @@ def read_answers(file: Path) -> dict[int, Group]:
     """What `write_answers` wrote; nothing where the file is not there or not whole."""
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {line["row"]: tuple(_sequence(stored) for stored in line["sequences"]) for line in lines}
+        return {line["row"]: tuple(restored(kept) for kept in line["sequences"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -119,26 +117,5 @@ def _line(number: int, group: Group, decode: Callable[[list[int]], str]) -> dict
     return {
         "row": number,
         "texts": [decode(sequence.token_ids[sequence.scored].tolist()) for sequence in group],
-        "sequences": [
-            {
-                "token_ids": sequence.token_ids.tolist(),
-                "scored": _runs(sequence.scored),
-                "continues": sequence.continues,
-            }
-            for sequence in group
-        ],
+        "sequences": [stored(sequence) for sequence in group],
     }
-
-
-def _runs(scored: NDArray[np.bool_]) -> list[list[int]]:
-    """[start, end) of each run of scored tokens."""
-    edges = np.flatnonzero(np.diff(scored.astype(np.int8), prepend=0, append=0))
-    return edges.reshape(-1, 2).tolist()
-
-
-def _sequence(stored: dict[str, Any]) -> TokenSequence:
-    ids = np.asarray(stored["token_ids"], np.int64)
-    scored = np.zeros(len(ids), np.bool_)
-    for start, end in stored["scored"]:
-        scored[start:end] = True
-    return TokenSequence(ids, scored, continues=stored["continues"])

@@ -10,12 +10,9 @@ Invariants
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-
 from llmrl.data.order import RowCursor, rows_for_step
 from llmrl.errors import RunFailedError
-from llmrl.learner.sequences import Group, TokenSequence
+from llmrl.learner.sequences import Group, restored, stored
 from llmrl.objectives.vpo import VPO, alpha_of_round
 from llmrl.rollout.collector import Task
 from llmrl.rollout.protocol import row_seed
@@ -83,12 +80,12 @@ class Rounds(SampledRun):
 
     def state_dict(self) -> dict[str, Any]:
         pool = self.pool if self.config.pairs == "aggregated" else []
-        stored = [[_stored(sequence) for sequence in group] for group in pool]
-        return {**super().state_dict(), "pool": stored, "log_ratio": self.log_ratio}
+        kept = [[stored(sequence) for sequence in group] for group in pool]
+        return {**super().state_dict(), "pool": kept, "log_ratio": self.log_ratio}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         super().load_state_dict(saved)
-        self.pool = [tuple(_restored(sequence) for sequence in group) for group in saved["pool"]]
+        self.pool = [tuple(restored(sequence) for sequence in group) for group in saved["pool"]]
         self.log_ratio = saved["log_ratio"]
 
     def draw_calibration(self) -> None:
@@ -113,6 +110,11 @@ class Rounds(SampledRun):
 
         rows = {prompt.number for prompt in prompts}
         self.answers = drawn_once(self.run, self.learner, rows, draw, self.task.tokenizer.decode)
+        if unanswered := sum(not self.answers[row] for row in rows):
+            self.run.note(
+                f"the reference gave no calibration answer to {unanswered} of {len(rows)} prompts: their pairs are "
+                "left out (counted in the metric pairs/without_calibration)"
+            )
 
     def stop_if_unbounded(self) -> None:
         """End the run where the guard says so, with a checkpoint of the steps before."""
@@ -145,6 +147,14 @@ class Rounds(SampledRun):
         counts |= {"pairs/without_calibration": unanswered} if unanswered else {}
         return {name: float(count) for name, count in counts.items()}
 
+    def why_nothing(self, labelled: dict[str, float]) -> str | None:
+        """Why a round has brought no pair, as `label` counted, where it is not that all samples are equally good."""
+        if labelled.get("pairs/without_calibration"):
+            return "the reference gave no calibration answer to any prompt whose samples made a pair"
+        if labelled["pairs/cut_off"] and not labelled["pairs/ties"]:
+            return "no two answers to a prompt ended by themselves within the limits"
+        return None
+
     def improve(self, step: int) -> dict[str, float]:
         """The round's updates; none where it has brought no pair. Means of their metrics."""
         done: list[dict[str, float]] = []
@@ -163,9 +173,11 @@ class Rounds(SampledRun):
     def _alpha(self, step: int) -> float:
         least = self.config.least_log_ratio
         if least is not None and self.log_ratio < least:
+            ends = "for the rest of this round, after which the run ends (below_least: stop"
+            goes_on = "until they are likelier again (least_log_ratio; counted in the metric alpha"
             self.run.note(
                 f"calibration answers have lost more than {-least:g} nats on average: the optimistic term is left out "
-                "until they are likelier again (least_log_ratio; counted in the metric alpha)"
+                f"{ends if self.config.below_least == 'stop' else goes_on})"
             )
             return 0.0
         return alpha_of_round(self.config.alpha, step + 1, self.config.alpha_schedule)
@@ -174,22 +186,3 @@ class Rounds(SampledRun):
         config = self.config
         kind: Literal["samples", "pair"] = "samples" if config.calibration == "reference" else "pair"
         return VPO(config.beta, alpha, "optimism", kind, config.calibration_floor).objective()
-
-
-def _stored(sequence: TokenSequence) -> dict[str, Any]:
-    """What the learner needs of a sequence, as a checkpoint can hold it."""
-    return {
-        "token_ids": torch.from_numpy(sequence.token_ids),
-        "scored": torch.from_numpy(sequence.scored),
-        "reference": torch.from_numpy(np.asarray(sequence.reference_logprobs, np.float32)),
-        "continues": sequence.continues,
-    }
-
-
-def _restored(stored: dict[str, Any]) -> TokenSequence:
-    return TokenSequence(
-        stored["token_ids"].numpy(),
-        stored["scored"].numpy(),
-        reference_logprobs=stored["reference"].numpy(),
-        continues=stored["continues"],
-    )
