@@ -82,7 +82,7 @@ LAUNCHER = (
 
 
 def starter(say: Say = print) -> Path:
-    """The folder of the starter model, trained if it is not in the cache (about two minutes on one core).
+    """The folder of the starter model, trained if it is not in the cache (two minutes of one free core).
 
     Raises `RefusedError` if the project's data is not there, `RunFailedError` if the training fails.
     """
@@ -112,7 +112,7 @@ def _fingerprint(data: Path) -> str:
 def _train(folder: Path, data: Path, say: Say) -> dict[str, Any]:
     """Fill `folder` with the trained model."""
     say(
-        "training the starter model from scratch, once (about two minutes); it will be kept in "
+        "training the starter model from scratch, once (two minutes of one free core); it will be kept in "
         f"{cache_root() / 'models'}"
     )
     with TemporaryDirectory(prefix="llmrl_starter_") as name:
