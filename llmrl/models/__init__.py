@@ -37,7 +37,7 @@ def resolve(name: str, say: Say = _say_on_main) -> str:
         return str(path)
     if path.exists():
         raise RefusedError(f"model_name_or_path: {name} is a file. Remedy: name the folder that the model is in.")
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+    if name.startswith(("/", "./", "../", "~", "runs/")) or name.count("/") > 1:
         raise RefusedError(
             f"model_name_or_path: there is no folder {name}. Remedy: correct the path, or name a hub id "
             f"(OWNER/NAME), or one of {', '.join(short for short in BUNDLED if '/' not in short)}."

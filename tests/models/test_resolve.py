@@ -17,7 +17,9 @@ def test_folders_with_a_model_or_an_adapter(tmp_path, file):
     assert models.resolve(str(tmp_path)) == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["/tmp/no_model_here", "./no_model_here", "../no_model_here", "a/b/no_model_here"])
+@pytest.mark.parametrize(
+    "name", ["/tmp/no_model_here", "./no_model_here", "../no_model_here", "a/b/no_model_here", "runs/no_model_here"]
+)
 def test_a_path_that_is_not_there_is_named(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RefusedError, match=f"there is no folder {name}.*starter"):
