@@ -14,6 +14,7 @@ from llmrl.config.parse import parse
 from llmrl.rollout.trajectory import RolloutGroup
 from llmrl.runs import checkpoints
 from llmrl.trainers.vpo import online as vpo_online
+from llmrl.trainers.vpo import rounds
 from llmrl.trainers.vpo.calibration import FILE, read_answers
 from llmrl.trainers.vpo.rounds import labelled
 
@@ -72,15 +73,28 @@ def test_a_run_without_an_answer_that_ends_says_so(tmp_path: Path, capsys: pytes
     assert (checkpoints.latest(folder) or folder).name == "step_1"
 
 
+def test_pairs_without_calibration_answers_are_left_out_and_the_cause_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "drawn_once", lambda run, learner, rows, draw, decode: dict.fromkeys(rows, ()))
+    folder = run(tmp_path, code=1, max_empty_steps=1, max_steps=2)
+    assert "no calibration answer to any prompt whose samples made a pair" in capsys.readouterr().err
+    (line,) = metrics(folder)
+    assert line["pairs"] == 0
+    assert line["pairs/without_calibration"] > 0
+    assert "no calibration answer to 16 of 16 prompts" in (folder / "notes.log").read_text()
+
+
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     """The pairs of earlier rounds and the guard's reading are in the checkpoint, calibration answers in the run."""
     settings = {
         "pairs": "aggregated", "pairs_per_update": 6, "alpha": 0.3, "alpha_schedule": "inverse_sqrt", "max_steps": 4,
-        "save_steps": 2, "calibration_samples": 2,
+        "save_steps": 2, "calibration_samples": 2, "least_log_ratio": -0.11,
     }  # fmt: skip
     whole = run(tmp_path, **settings)
     lines, weights = metrics(whole), final_weights(whole)
-    assert [line["alpha"] for line in lines] == pytest.approx([0.3, 0.3 / 2**0.5, 0.3 / 3**0.5, 0.15])
+    alphas = [line["alpha"] for line in lines]
+    assert alphas[:3] == pytest.approx([0.3, 0.3 / 2**0.5, 0.0])  # what step 2 read is below the least
     sizes = [line["pairs"] for line in lines]
     assert [line["pairs/pool"] for line in lines] == [sum(sizes[: i + 1]) for i in range(4)]
     assert all(line["pairs"] + line["pairs/ties"] == 8 for line in lines)
@@ -106,7 +120,8 @@ def test_the_guard_leaves_the_unbounded_term_out_or_ends_the_run(
     assert "optimistic term is left out" in (tmp_path / "skip" / "notes.log").read_text()
 
     capsys.readouterr()
-    stopped = run(tmp_path, name="stop", below_least="stop", code=1, **settings)
+    stopped = run(tmp_path, name="stop", below_least="stop", code=1, updates_per_step=3, **settings)
+    assert "after which the run ends (below_least: stop)" in (stopped / "notes.log").read_text()
     assert "no lower bound" in capsys.readouterr().err
     assert [line["alpha"] for line in metrics(stopped)] == [30.0]
     newest = checkpoints.latest(stopped)
