@@ -200,8 +200,17 @@ def test_offline_in_small_micro_batches_ends_with_the_same_weights(tmp_path: Pat
             ["row 41", "`rewards`: 1 of 1 completions have a reward"],
         ),
         ({"rewards": [1, math.nan]}, {}, ["row 41, column `rewards`: completion 2 has nan"]),
-        ({"logprobs": None}, {"proposal": "behaviour"}, ["row 41, column `logprobs`: null", "the initial model's"]),
-        ({"ended": [True, False]}, {}, ["row 41", "1 of 2 completions have a reward and ended by themselves"]),
+        ({"logprobs": None}, {"proposal": "behaviour"}, ["row 41, column `logprobs`: null", "set proposal: prior"]),
+        (
+            {"ended": [True, False]},
+            {},
+            ["row 41", "1 of 2 completions have a reward and ended", "1 were cut off; or", "truncated_samples: keep"],
+        ),
+        (
+            {"completion_ids": [[5], [6]]},
+            {},
+            ["row 41", "0 of 2 completions", "2 were cut off, as completion_ids without a stop token at their end say"],
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -214,6 +223,39 @@ def test_what_cannot_be_compared_is_refused(
     assert run_method("brain_offline", config) == 2
     message = capsys.readouterr().err
     assert [word for word in ["samples.jsonl", *words] if word not in message] == []
+    assert not (tmp_path / "offline").exists()
+
+
+def test_samples_without_their_log_probabilities_are_refused_with_both_ways_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_offline(tmp_path, proposal="behaviour")
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    for renamed, hint in (("drawn_with", "no column `logprobs`, but"), ("log_probs", "did you mean `log_probs`?")):
+        changed = [{renamed if name == "logprobs" else name: row[name] for name in row} for row in rows]
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        assert run_method("brain_offline", config) == 2
+        message = capsys.readouterr().err
+        assert [word for word in (hint, "`llmrl sample`", "set proposal: prior") if word not in message] == []
+
+
+def test_samples_that_are_equally_good_are_counted_and_refused_where_there_are_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_offline(tmp_path, eval_rows=0)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+
+    def write(num_equal: int) -> None:
+        alike = [{**row, "rewards": [float(i % 2)] * 4} for i, row in enumerate(rows[:num_equal])]
+        apart = [{**row, "rewards": [1, 0, 0, 0]} for row in rows[num_equal:]]
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alike + apart))
+
+    write(num_equal=3)
+    said = brain_offline.check(brain_offline.Config.model_validate(yaml.safe_load(config.read_text())))
+    assert any("3 of 40 prompts to train on have samples that are all equally good" in line for line in said)
+    write(num_equal=40)
+    assert run_method("brain_offline", config) == 2
+    assert "column `rewards`: of all 40 prompts to train on the samples are equally good" in capsys.readouterr().err
     assert not (tmp_path / "offline").exists()
 
 
@@ -258,6 +300,17 @@ def test_the_first_update_of_a_first_step_is_on_the_prior(tmp_path: Path, monkey
     assert len(seen) == 4
     assert seen[0]["brain/prior_log_ratio"] == pytest.approx(0, abs=1e-5)
     assert abs(seen[-1]["brain/prior_log_ratio"]) > 1e-4
+
+
+def test_steps_of_which_every_sample_is_left_out_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first step's policy is the prior; after a long step none of its samples is within the gap."""
+    settings = {"most_prior_gap": 1e-4, "max_empty_steps": 2, "learning_rate": 0.05, "eval_rows": 0}
+    assert run_method("brain", write_iterated(tmp_path, **settings)) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nothing could be learned in 2 steps in a row: most_prior_gap (0.0001) leaves out every sample" in said
+    assert [line["brain/left_out"] for line in metrics(tmp_path / "run")] == [0, 1, 1]
 
 
 def test_a_reward_model_without_a_scalar_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,9 +107,9 @@ def test_states_are_the_beginnings_of_kept_answers_at_token_boundaries() -> None
     assert counts == {"answers": 4, "right": 0.5, "kept": 3, "of_one_step": 1, "states": 3, "states_again": 3}
 
 
-def test_answers_without_any_step_are_refused_with_an_example() -> None:
-    group = RolloutGroup(3, {}, [answer([1, 2, END], 1, 3), answer([4, END], 0, 3)])
-    with pytest.raises(RefusedError, match=r"none of 2 answers .*step_delimiter '\\n', e.g. row 3: '12'"):
+def test_answers_without_any_step_are_refused_with_the_longest_as_an_example() -> None:
+    group = RolloutGroup(3, {}, [answer([4, END], 0, 3), answer([1, 2, END], 1, 3)])
+    with pytest.raises(RefusedError, match=r"none of 2 answers .*step_delimiter '\\n'; the longest, of row 3: '12'"):
         stages.states_of([group], config(), NEWLINE, decode)
 
 
@@ -123,6 +123,11 @@ def test_answers_are_divided_by_a_function_of_ones_own(tmp_path: Path) -> None:
         segmenter(config(step_function=f"{file}:sentences"))
     with pytest.raises(RefusedError, match="step_function: `words` names no function"):
         segmenter(config(step_function="words"))
+    for name, says in (("lossy", "[text.split()[0]]"), ("none", "None"), ("raises", "1 / 0")):
+        file = tmp_path / f"{name}.py"
+        file.write_text(f"def steps(text):\n    return {says}\n")
+        with pytest.raises(RefusedError, match=rf"step_function .*{name}.py:steps (raised|must give)"):
+            segmenter(config(step_function=f"{file}:steps"))
 
 
 def test_success_needs_rewards_of_0_and_1_or_a_threshold() -> None:
@@ -452,6 +457,12 @@ def assert_consistent(folder: Path) -> None:
 
 
 def test_what_cannot_be_divided_or_judged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    silent = tmp_path / "silent.py"
+    silent.write_text("def mute(completions, **columns):\n    return [None] * len(completions)\n")
+    assert run(write_config(tmp_path, rewards=[f"{silent}:mute"], reward_max_failures=99)) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no answer of the round has a reward" in said
+    assert "the reward function mute gave none a number" in said
     assert run(write_config(tmp_path, step_delimiter="\n")) == 2
     assert "answers has more than one step by step_delimiter" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()  # the same command can be given again
@@ -463,20 +474,49 @@ def test_what_cannot_be_divided_or_judged_is_refused(tmp_path: Path, capsys: pyt
     assert "lower min_spread" in said
 
 
-def test_a_refusal_after_a_stage_that_took_long_keeps_its_file(
+@pytest.mark.slow
+def test_a_late_refusal_keeps_the_files_for_the_same_command_but_not_for_a_mended_function(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*arguments: Any) -> None:
         raise RefusedError("step_function gave no steps")
 
-    monkeypatch.setattr(rounds, "candidates_of", refuse)
-    assert run(write_config(tmp_path)) == 1
-    assert "step_function gave no steps" in capsys.readouterr().err
-    assert (tmp_path / "run" / "rounds" / "round_1" / "completions.jsonl").is_file()
+    file = write_config(tmp_path, rounds=1, max_steps=2, save_steps=1)
+    folder = tmp_path / "run" / "rounds" / "round_1"
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds, "candidates_of", refuse)
+        assert run(file) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step_function gave no steps" in said
+    assert f"takes up what is done in {folder}: states.jsonl, completions.jsonl, critic" in said
+    resume = ("--resume_from_checkpoint", "latest")
+    made = completions_of(folder)
+    with monkeypatch.context() as patched:  # before the first checkpoint
+        patched.setattr(Learner, "update", deadly(Learner.update, 1))
+        with pytest.raises(KilledError):
+            run(file, *resume)
+    assert completions_of(folder) == made
+    reward = tmp_path / "worth_1.py"
+    reward.write_text(reward.read_text() + "# mended\n")
+    with monkeypatch.context() as patched:  # after it
+        patched.setattr(rounds.Rounds, "states_of", deadly(rounds.Rounds.states_of, 2))
+        with pytest.raises(KilledError):
+            run(file, *resume)
+    assert "other weights, data, keys or functions" in capsys.readouterr().out
+    assert completions_of(folder.with_name("round_1.superseded")) == made
+    made = completions_of(folder)
+    reward.write_text(reward.read_text() + "# mended again\n")
+    assert run(file, *resume) == 0  # what is trained on is made already
+    assert completions_of(folder) == made
+
+
+def completions_of(folder: Path) -> int:
+    """When they were made."""
+    return (folder / "completions.jsonl").stat().st_mtime_ns
 
 
 @pytest.mark.slow
-def test_a_round_that_is_gone_or_of_another_run_is_not_taken(
+def test_a_round_of_another_run_is_not_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write_config(tmp_path, rounds=1, save_steps=1, max_steps=2)
@@ -489,10 +529,6 @@ def test_a_round_that_is_gone_or_of_another_run_is_not_taken(
     notes.write_text(json.dumps({**stored, "identity": {**stored["identity"], "weights": "others"}}))
     assert run(file, "--resume_from_checkpoint", "latest") == 1
     assert "is not there as the checkpoint knows it" in capsys.readouterr().err
-    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
-        checkpoint.rename(tmp_path / checkpoint.name)
-    assert run(file, "--resume_from_checkpoint", "latest") == 0
-    assert (tmp_path / "run" / "rounds" / "round_1.superseded").is_dir()
 
 
 @pytest.mark.slow
