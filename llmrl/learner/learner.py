@@ -23,7 +23,7 @@ from llmrl.learner.optimizer import adamw, forget, only_value_head
 from llmrl.learner.options import LearnerOptions
 from llmrl.learner.policy import Policy, Scores
 from llmrl.learner.sequences import Floats, Group, per_sequence, split_into_microbatches, split_over_ranks, totals
-from llmrl.objectives.scored import Objective, Totals
+from llmrl.objectives.scored import Objective, Totals, extreme
 
 MOST_OVERFLOWS = 40
 """Updates in a row that float16's loss scale may spoil: it starts at 2**16 and halves, so by then it is 2**-24."""
@@ -285,15 +285,15 @@ class Learner:
         Ranks may know other names: one that had nothing to compute knows none.
         """
         mine = {
-            name: (_extreme(name)([float(part) for part, _ in parts]), float(sum(n for _, n in parts)))
+            name: ((extreme(name) or sum)([float(part) for part, _ in parts]), float(sum(n for _, n in parts)))
             for name, parts in sums.items()
         }
         everyone = together.gather(self.accelerator, mine)
         means = {}
         for name in sorted({name for theirs in everyone for name in theirs}):
             totals, counts = zip(*(theirs[name] for theirs in everyone if name in theirs), strict=True)
-            total, count = _extreme(name)(list(totals)), sum(counts)
-            means[name] = total if _is_extreme(name) or not count else total / count
+            total, count = (extreme(name) or sum)(totals), sum(counts)
+            means[name] = total if extreme(name) or not count else total / count
         return means
 
     def _share(self, groups: list[Group]) -> tuple[list[int], list[int], list[list[int]]]:
@@ -338,17 +338,9 @@ class Learner:
 def _reduced(name: str, values: Tensor) -> tuple[Tensor, int]:
     """A micro-batch's share of a metric: its sum or extreme, and how many elements that is the mean of (0: of none, a
     share of a sum)."""
-    if _is_extreme(name):
-        return (values.max() if name.endswith("max") else values.min()), values.numel()
+    if extreme(name):
+        return (values.max() if extreme(name) is max else values.min()), values.numel()
     return values.sum(), values.numel() if values.ndim else 0
-
-
-def _is_extreme(name: str) -> bool:
-    return name.endswith(("max", "min"))
-
-
-def _extreme(name: str) -> Callable[[list[float]], float]:
-    return max if name.endswith("max") else min if name.endswith("min") else sum
 
 
 def _merged(
