@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmrl.runs.files import sync
+from llmrl.files import sync
 
 SOURCE_FILE = "source.json"  # written last: where the folder comes from, and the size of each of its files
 

@@ -5,10 +5,8 @@ that reading the row gives the ids that it saw; every sample stays, also those w
 """
 
 import asyncio
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -149,19 +147,3 @@ def _count(tally: ScoringTally, row: dict[str, Any]) -> None:
     tally.total += sum(rewards)
     tally.cut_off += row["ended"].count(False)
     tally.mixed += len(set(rewards)) > 1
-
-
-def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as JSON Lines, whole or not at all; returns how many."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pending, count = file.with_name(f".tmp_{file.name}"), 0
-    try:
-        with open(pending, "w", encoding="utf-8") as out:
-            for row in rows:
-                out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                count += 1
-        pending.replace(file)
-    except BaseException:
-        pending.unlink(missing_ok=True)
-        raise
-    return count

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.errors import RefusedError
+from llmrl.files import read_json, sync, write_json
 from llmrl.runs.disk import as_disk_failure
-from llmrl.runs.files import read_json, sync, write_json
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step_(\d+)$")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from llmrl.runs.files import read_json
+from llmrl.files import read_json
 
 
 def launch(root: Path, script: str, config: Path, *arguments: str) -> list[str]:

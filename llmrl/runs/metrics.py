@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llmrl.errors import RunFailedError
+from llmrl.files import finite, read_json, read_lines, write_json, write_text
 from llmrl.runs.disk import as_disk_failure
-from llmrl.runs.files import finite, read_json, read_lines, write_json, write_text
 
 
 class Metrics:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrl.errors import RefusedError
+from llmrl.files import write_text
 from llmrl.runs.curves import Series, curve
-from llmrl.runs.files import write_text
 from llmrl.runs.progress import clock
 from llmrl.runs.report_data import (
     Measured,

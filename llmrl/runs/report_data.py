@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from llmrl.files import read_json, read_lines
 from llmrl.runs.curves import Series
-from llmrl.runs.files import read_json, read_lines
 
 FIRST = (
     "reward",

@@ -24,8 +24,8 @@ from llmrl.errors import LlmrlError
 from llmrl.evaluation.intervals import student_interval
 from llmrl.evaluation.sampling.keys import Form, SampleKeys
 from llmrl.evaluation.sampling.making import make
+from llmrl.files import read_json, write_json
 from llmrl.runs.commands import is_done, launch, run_shown
-from llmrl.runs.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES_PER_PROMPT, COMPLETIONS_PER_STEP, PAIRS_PER_PROMPT = 8, 64, 2

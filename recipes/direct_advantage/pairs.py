@@ -17,9 +17,8 @@ import yaml
 from llmrl import models
 from llmrl.data.scored_rows import right_and_wrong
 from llmrl.evaluation.sampling.making import rows_of_run
+from llmrl.files import read_lines, write_lines
 from llmrl.learner.loading import load_tokenizer, stop_token_ids
-from llmrl.rewards.scored_samples import write_rows
-from llmrl.runs.files import read_lines
 
 
 def answers(run: Path, number: int, completions: bool) -> Iterator[dict[str, Any]]:
@@ -64,7 +63,8 @@ def main() -> None:
     args = parser.parse_args()
     rows = answers(args.run, args.round, args.completions)
     pairs = (pair for row in rows for pair in right_and_wrong(row, len(row["completions"])))
-    print(f"{write_rows(args.output, pairs)} pairs in {args.output}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{write_lines(args.output, pairs, ensure_ascii=False, allow_nan=False)} pairs in {args.output}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from rich.table import Table
 from llmrl import models
 from llmrl.errors import RefusedError
 from llmrl.evaluation.intervals import paired_difference_interval
+from llmrl.files import read_json, write_json
 from llmrl.runs.commands import is_done, launch, run_shown
-from llmrl.runs.files import read_json, write_json
 from llmrl.runs.report import write_report
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -138,7 +138,7 @@ def _check_output(page: Path) -> None:
 
 
 def _write(page: Path, text: str) -> None:
-    from llmrl.runs.files import write_text
+    from llmrl.files import write_text
 
     try:
         write_text(page, text)

@@ -25,9 +25,10 @@ from llmrl.data.sources import find_source
 from llmrl.data.splits import whole
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.evaluation.sampling.keys import Form, SampleKeys
+from llmrl.files import write_lines
 from llmrl.learner.loading import DTYPES, load_model, load_tokenizer, max_positions
 from llmrl.rewards import run_rollouts
-from llmrl.rewards.scored_samples import Asked, ScoringTally, asked, sample_scored, write_rows
+from llmrl.rewards.scored_samples import Asked, ScoringTally, asked, sample_scored
 from llmrl.rewards.scoring import Scorer
 from llmrl.rollout.huggingface import HuggingFaceEngine
 from llmrl.rollout.protocol import SamplingParams
@@ -53,7 +54,8 @@ def make(keys: SampleKeys, say: Say) -> int:
     making = _Making(keys, say)
     try:
         with making.source() as rows:
-            count = write_rows(output, making.enough(rows))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            count = write_lines(output, making.enough(rows), ensure_ascii=False, allow_nan=False)
     except OSError as error:
         if not is_disk_failure(error):
             raise

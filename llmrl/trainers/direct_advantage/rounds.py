@@ -13,7 +13,6 @@ begins, and it knows the weights of the round in which it stands, and the functi
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +26,12 @@ from llmrl.data.order import rows_for_step
 from llmrl.data.steps import segmenter
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.evaluation.progress import Ticker
+from llmrl.files import write_json, write_lines
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group
 from llmrl.learner.together import from_first
 from llmrl.objectives.direct_advantage import reliability
 from llmrl.rollout.protocol import row_seed
-from llmrl.runs.files import write_json
 from llmrl.trainers.direct_advantage import critic as critics
 from llmrl.trainers.direct_advantage.config import DirectAdvantageConfig
 from llmrl.trainers.direct_advantage.stage_files import Line, StageFolder, Tallies, digest_of
@@ -218,8 +217,7 @@ class _Stages:
         critics.save(critic, folder)
         if self.run.is_main:
             self.sampled.task.tokenizer.save_pretrained(folder)
-            lines = "".join(json.dumps(line) + "\n" for line in course)
-            (folder / "training.jsonl").write_text(lines, encoding="utf-8")
+            write_lines(folder / "training.jsonl", course)
             bins = [b._asdict() for b in judged.bins]
             write_json(folder / "reliability.json", {**judged._asdict(), "bins": bins, "n": len(rates)})
         return {

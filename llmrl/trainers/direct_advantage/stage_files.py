@@ -19,10 +19,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from llmrl.errors import RunFailedError
+from llmrl.files import read_json, write_json, write_lines
 from llmrl.learner.together import from_first
 from llmrl.runs import Run, checkpoints
 from llmrl.runs.disk import as_disk_failure
-from llmrl.runs.files import read_json, write_json, write_text
 
 NOTES = "stages.json"
 """What the folder comes from, and the counts of each stage that is done."""
@@ -114,7 +114,7 @@ class StageFolder:
 
     def _write(self, name: str, lines: list[Line], counts: Tallies) -> None:
         with self._writing(name):
-            write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in lines))
+            write_lines(self.path / name, lines)
             self._note(name, counts)
             for part in self.path.glob(f".{name}.*"):
                 part.unlink()

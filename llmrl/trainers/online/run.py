@@ -3,14 +3,14 @@
 What is learned from the rollouts stands in the methods' own files; `online` adds what policy gradients share.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from llmrl.errors import RunFailedError
 from llmrl.evaluation.samples import KeptSamples, samples_of
+from llmrl.files import write_lines
 from llmrl.learner.learner import Learner
 from llmrl.learner.together import all_do
 from llmrl.rollout.collector import Collected
@@ -134,7 +134,7 @@ class SampledRun:
             self._heldout_samples.keep(samples_of(groups))
         return heldout_metrics(groups, asked)
 
-    def _write(self, number: int, groups: Iterable[RolloutGroup]) -> None:
+    def _write(self, number: int, groups: Sequence[RolloutGroup]) -> None:
         """Keep a step's rollouts, on the first rank, and let older ones go; where that fails, all ranks end."""
 
         def write() -> None:
@@ -185,25 +185,20 @@ class SampledRun:
 
 
 def keep_rollouts(
-    folder: Path, number: int, groups: Iterable[RolloutGroup], decode: Callable[[list[int]], str], limit: int | None
+    folder: Path, number: int, groups: Sequence[RolloutGroup], decode: Callable[[list[int]], str], limit: int | None
 ) -> None:
     """Write step_N.jsonl of step `number`, whole or not at all: a rollout a line, with its row's `answer` where there
     is one. Of the files there, those of the `limit` newest steps stay (None: of all), and none of steps to come, which
     an earlier attempt at the run may have left."""
-    file = folder / f"step_{number}.jsonl"
     if limit != 0:
         folder.mkdir(exist_ok=True)
-        temporary = file.with_name(f".tmp_{file.name}")
-        try:
-            with open(temporary, "w", encoding="utf-8") as out:
-                for group in groups:
-                    answer = {"answer": group.row["answer"]} if "answer" in group.row else {}
-                    records = [{**rollout.record(decode), **answer} for rollout in group.rollouts]
-                    out.writelines(json.dumps(record, default=str) + "\n" for record in records)
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # its room may be what a checkpoint needs
-            raise
-        temporary.replace(file)
+        answers = ({"answer": group.row["answer"]} if "answer" in group.row else {} for group in groups)
+        records = (
+            {**rollout.record(decode), **answer}
+            for group, answer in zip(groups, answers, strict=True)
+            for rollout in group.rollouts
+        )
+        write_lines(folder / f"step_{number}.jsonl", records, default=str)
     for other in folder.glob("step_*.jsonl"):
         step = other.stem.removeprefix("step_")
         if step.isdigit() and (int(step) > number or (limit is not None and int(step) <= number - limit)):

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.errors import RefusedError
 from llmrl.evaluation.progress import Ticker
+from llmrl.files import write_lines
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group, completion, restored, stored
 from llmrl.learner.sharding import zero_stage
@@ -97,17 +98,13 @@ def _positions(learner: Learner) -> int:
 def write_answers(file: Path, answers: Answers, decode: Callable[[list[int]], str]) -> None:
     """A line for each row, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".tmp_{file.name}")
-    with open(temporary, "w", encoding="utf-8") as out:
-        for number in sorted(answers):
-            out.write(json.dumps(_line(number, answers[number], decode), ensure_ascii=False) + "\n")
-    temporary.replace(file)
+    write_lines(file, (_line(number, answers[number], decode) for number in sorted(answers)), ensure_ascii=False)
 
 
 def read_answers(file: Path) -> dict[int, Group]:
     """What `write_answers` wrote; nothing where the file is not there or not whole."""
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         return {line["row"]: tuple(restored(kept) for kept in line["sequences"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

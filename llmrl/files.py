@@ -3,24 +3,45 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces the file in one step: a temporary file beside it, synced, renamed over it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A new file once the context ends well, in one step: a temporary one beside it, synced, renamed over it."""
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # its room may be what a checkpoint needs
         raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file of this text, in one step."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def write_lines(path: Path, rows: Iterable[Any], **dumped: Any) -> int:
+    """JSON Lines of the rows as they come, in one step; returns how many.
+
+    `dumped`: how, as `json.dumps` has it, which raises TypeError or ValueError for what is no JSON.
+    """
+    count = 0
+    with replacing(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, **dumped) + "\n")
+            count += 1
+    return count
 
 
 def write_json(path: Path, value: Any) -> None:
