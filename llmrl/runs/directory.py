@@ -17,11 +17,11 @@ from typing import Any, Self
 from llmrl.config.keys import RunKeys
 from llmrl.config.resolved import fingerprint, result_keys, to_yaml
 from llmrl.errors import RefusedError, RunInterruptedError
-from llmrl.files import write_json, write_text
 from llmrl.runs import checkpoints, ranks, trackers
 from llmrl.runs.claims import OURS, checkpoint_to_resume, refuse_occupied, verify_checkpoint, verify_world_size
 from llmrl.runs.console import Console
 from llmrl.runs.environment import describe_environment
+from llmrl.runs.files import write_json, write_text
 from llmrl.runs.metrics import Metrics
 from llmrl.runs.progress import Progress
 from llmrl.runs.summary import Status, before_and_after
@@ -47,6 +47,9 @@ class Run:
     """The whole checkpoint to go on from; None: from the start."""
     start_step: int
     """Steps done before this process: the checkpoint's step, or 0."""
+    digests: dict[str, str]
+    """Of files in the directory that training goes on with, by name: those of `checkpoint`; every checkpoint keeps
+    them."""
     kept_work: str | None
     """What an attempt that starts anew in this directory takes up as it is, in words; None: nothing."""
 
@@ -62,6 +65,7 @@ class Run:
         self.checkpoint = checkpoint
         self._manifest = checkpoints.read_manifest(checkpoint) if checkpoint else {}
         self.start_step = int(self._manifest.get("step", 0))
+        self.digests = dict(self._manifest.get("digests", {}))
         self.console = Console(quiet=not self.is_main)
         self.metrics = Metrics(self.directory, self.note)
         self.metrics.load(self.start_step if checkpoint else -1)
@@ -117,6 +121,7 @@ class Run:
             "dataset_fingerprint": dataset_fingerprint,
             "world_size": ranks.world_size(),
             "seconds": self.seconds,
+            "digests": self.digests,
         }
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -71,11 +71,16 @@ def test_a_resumed_run_keeps_its_samples_and_ends_with_the_same_weights(tmp_path
     weights = final_weights(whole)
     again = run(tmp_path, *resume, name="whole", max_steps=6, **settings)
     assert final_weights(again) == weights
-    (whole / FILE).write_text("{")  # lost: drawn again from the initial weights, the same
-    redrawn = run(tmp_path, *resume, name="whole", max_steps=6, **settings)
-    assert final_weights(redrawn) == weights
-    assert "drawn again" in (whole / "notes.log").read_text()
-    assert [json.loads(line) for line in (whole / FILE).read_text().splitlines()] == lines
+    assert "drawn again" not in (whole / "notes.log").read_text()
+    lost = "{"
+    edited = "".join(json.dumps({**line, "sequences": line["sequences"][:1]}) + "\n" for line in lines)
+    for text in (lost, edited):  # drawn again from the initial weights, the same
+        (whole / FILE).write_text(text)
+        (whole / "notes.log").unlink()
+        redrawn = run(tmp_path, *resume, name="whole", max_steps=6, **settings)
+        assert final_weights(redrawn) == weights
+        assert "drawn again" in (whole / "notes.log").read_text()
+        assert [json.loads(line) for line in (whole / FILE).read_text().splitlines()] == lines
 
 
 def test_samples_end_at_max_length_and_do_not_depend_on_it(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Calibration answers of VPO that are drawn from the reference: once, with the initial weights, and kept as a file.
 
 Invariants
-- An attempt that begins at the first step draws; one that goes on from a checkpoint reads what that run has drawn. The
-  file can be read by people: a line for each prompt, its answers as texts beside their token ids.
+- An attempt that begins at the first step draws; one that goes on from a checkpoint reads what that run has drawn, if
+  the file's digest is the one that the checkpoint has, and draws again if not. The file can be read by people: a line
+  for each prompt, its answers as texts beside their token ids.
 - What is drawn for a prompt follows from the weights, the seed and the list of prompts, not from how many processes
   share the work.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.errors import RefusedError
 from llmrl.evaluation.progress import Ticker
-from llmrl.files import write_lines
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group, completion, restored, stored
 from llmrl.learner.sharding import zero_stage
@@ -41,16 +42,27 @@ def drawn_once(
 
     Call it while the learner still has its initial weights; on all ranks.
     """
-    kept = run.checkpoint and run.checkpoint.parents[1] / FILE
-    found: Answers = {} if kept is None else from_first(learner.accelerator, lambda: read_answers(kept))
+    found = from_first(learner.accelerator, lambda: _as_drawn(run))
     if not rows <= found.keys():
         if run.checkpoint is not None:
-            run.note(f"{FILE} is not there or not whole: calibration answers are drawn again, from the initial weights")
+            run.note(
+                f"{FILE} is not there, or not as the checkpoint's run had written it: calibration answers are drawn "
+                "again, from the initial weights"
+            )
         drawn = draw()
         found = {row: drawn.get(row, ()) for row in sorted(rows)}
     if run.is_main:
         write_answers(run.directory / FILE, found, decode)
+        run.digests[str(FILE)] = digest(run.directory / FILE)
     return found
+
+
+def _as_drawn(run: Run) -> Answers:
+    """Those of the run that goes on; none where its file is not as it was when the checkpoint was written."""
+    if run.checkpoint is None:
+        return {}
+    kept = run.checkpoint.parents[1] / FILE
+    return read_answers(kept) if digest(kept) == run.digests.get(str(FILE)) else {}
 
 
 def sampled_answers(
@@ -98,7 +110,19 @@ def _positions(learner: Learner) -> int:
 def write_answers(file: Path, answers: Answers, decode: Callable[[list[int]], str]) -> None:
     """A line for each row, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(file, (_line(number, answers[number], decode) for number in sorted(answers)), ensure_ascii=False)
+    temporary = file.with_name(f".tmp_{file.name}")
+    with open(temporary, "w", encoding="utf-8") as out:
+        for number in sorted(answers):
+            out.write(json.dumps(_line(number, answers[number], decode), ensure_ascii=False) + "\n")
+    temporary.replace(file)
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of what is in the file; of nothing where it is not there."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def read_answers(file: Path) -> dict[int, Group]:

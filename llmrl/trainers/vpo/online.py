@@ -49,11 +49,6 @@ def train(
             collected = rounds.collect(step)
             labelled = rounds.label(collected.groups)
             metrics = rounds.improve(step)
-            cut_off = labelled["pairs/cut_off"] and not labelled["pairs/ties"]
-            rounds.record_step(
-                collected,
-                labelled | metrics,
-                taught=labelled["pairs"] > 0,
-                cause="no two answers to a prompt ended by themselves within the limits" if cut_off else None,
-            )
+            taught, cause = labelled["pairs"] > 0, rounds.why_nothing(labelled)
+            rounds.record_step(collected, labelled | metrics, taught=taught, cause=cause)
         rounds.session.finish()

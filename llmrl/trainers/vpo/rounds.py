@@ -150,7 +150,10 @@ class Rounds(SampledRun):
     def why_nothing(self, labelled: dict[str, float]) -> str | None:
         """Why a round has brought no pair, as `label` counted, where it is not that all samples are equally good."""
         if labelled.get("pairs/without_calibration"):
-            return "the reference gave no calibration answer to any prompt whose samples made a pair"
+            return (
+                "the reference gave no calibration answer to any prompt whose samples made a pair (calibration: both "
+                "needs none)"
+            )
         if labelled["pairs/cut_off"] and not labelled["pairs/ties"]:
             return "no two answers to a prompt ended by themselves within the limits"
         return None
