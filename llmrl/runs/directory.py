@@ -17,11 +17,11 @@ from typing import Any, Self
 from llmrl.config.keys import RunKeys
 from llmrl.config.resolved import fingerprint, result_keys, to_yaml
 from llmrl.errors import RefusedError, RunInterruptedError
+from llmrl.files import write_json, write_text
 from llmrl.runs import checkpoints, ranks, trackers
 from llmrl.runs.claims import OURS, checkpoint_to_resume, refuse_occupied, verify_checkpoint, verify_world_size
 from llmrl.runs.console import Console
 from llmrl.runs.environment import describe_environment
-from llmrl.runs.files import write_json, write_text
 from llmrl.runs.metrics import Metrics
 from llmrl.runs.progress import Progress
 from llmrl.runs.summary import Status, before_and_after

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.errors import RefusedError
 from llmrl.evaluation.progress import Ticker
+from llmrl.files import write_lines
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group, completion, restored, stored
 from llmrl.learner.sharding import zero_stage
@@ -110,11 +111,7 @@ def _positions(learner: Learner) -> int:
 def write_answers(file: Path, answers: Answers, decode: Callable[[list[int]], str]) -> None:
     """A line for each row, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".tmp_{file.name}")
-    with open(temporary, "w", encoding="utf-8") as out:
-        for number in sorted(answers):
-            out.write(json.dumps(_line(number, answers[number], decode), ensure_ascii=False) + "\n")
-    temporary.replace(file)
+    write_lines(file, (_line(number, answers[number], decode) for number in sorted(answers)), ensure_ascii=False)
 
 
 def digest(file: Path) -> str:
