@@ -49,8 +49,8 @@ def stop_on_signals(run: Run) -> Iterator[None]:
         if not (run.training or run.listens):
             raise RunInterruptedError(f"{name} before the first step; nothing was trained yet")
         run.note(
-            f"{name}: stopping with a checkpoint, at the latest after this step (once more in {SAME_WISH:.0f} s or "
-            "later: at once)"
+            f"{name}: process {owner} stops with a checkpoint, at the latest after this step, even if its launcher "
+            f"ends before it (once more in {SAME_WISH:.0f} s or later: at once)"
         )
 
     earlier = {number: signal.signal(number, on_signal) for number in SIGNALS}
