@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmrl.data.steps import by_delimiter, step_ends
 from llmrl.errors import RefusedError
-from llmrl.evaluation.credit.answer import Credit, lowest
+from llmrl.evaluation.credit.answer import Credit
 from llmrl.evaluation.credit.model import CreditModel, Question
+from llmrl.evaluation.credit.numbers import Scale
 from llmrl.evaluation.credit.spans import token_spans
 
 QUESTION = Question("the cat sees", ("a red dog", "one two three four"))
@@ -181,5 +182,5 @@ def test_step_sums_by_hand() -> None:
     assert first.mean == pytest.approx(0.25 / 3)
     assert (second.text, second.tokens.tolist(), second.reward) == ("=3</s>", [3, 4], -1.25)
     assert (second.logprob, second.reference_logprob) == (-4.25, -1.75)
-    assert lowest([first, second]) == 1
+    assert (Scale(1.0, 2).lowest([first, second]), Scale(1.0, 2).lowest([first])) == (1, None)
     assert sum(step.reward for step in credit.steps(by_delimiter("="))) == pytest.approx(credit.total)

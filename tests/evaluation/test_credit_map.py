@@ -82,6 +82,7 @@ def test_the_page_is_inert_and_says_everything() -> None:
     assert "reward -2.00 · log pi -3.000 · log pi_ref -1.000 · so far -2.00" in hints
     colours = [value for name, value in shown.attributes if name == "style"]
     assert "background:rgba(213,94,0,0.75)" in colours  # the lowest of all tokens, in full
+    assert shown.text.count("◂ lowest") == 2  # of four answers: the two whose lowest step is below 0
     assert "1 ◂ lowest" in shown.text
 
 
@@ -168,6 +169,10 @@ def test_the_command_writes_a_page(files: dict[str, str], tmp_path: Path, capsys
     ("words", "says"),
     [
         (["--reference", "null"], "is a whole model and there is no reference"),
+        (
+            ["--model", "nobody/nothere", "--reference", "null"],
+            "model: the model configuration of nobody/nothere cannot be loaded",
+        ),
         (["--rows", "1,4"], "has 3 rows, so there is no row 4"),
         (["--rows", "0"], "key `rows`: expected a list (a whole number at least 1 each)"),
         (["--rows", "2"], "pairs.jsonl, row 2, column `rejected`: an empty completion"),
@@ -178,7 +183,7 @@ def test_the_command_writes_a_page(files: dict[str, str], tmp_path: Path, capsys
         (["--beta", "0"], "key `beta`: expected a number greater than 0"),
         (["--step_delimiter", "("], "step_delimiter '(' is no regular expression"),
         (["--step_delimiter", "x*"], "matches the empty text"),
-        (["--step_function", "{root}/mine.py:halves"], "mine.py:halves must give the steps as texts that together"),
+        (["--step_function", "{root}/mine.py:halves"], "mine.py:halves must give the "),
         (["--step_function", "{root}/mine.py:halves", "--step_delimiter", "x"], "leave step_delimiter out"),
         (["--output", "{root}"], "cannot be written"),
         (["--modle", "x"], "did you mean `model`"),

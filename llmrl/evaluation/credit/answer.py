@@ -93,11 +93,6 @@ class Credit:
         )
 
 
-def lowest(steps: list[Step]) -> int:
-    """The step (from 0) with the lowest sum of rewards; the first of several."""
-    return min(range(len(steps)), key=lambda k: steps[k].reward)
-
-
 def _tensor(values: Floats) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))
 

@@ -28,7 +28,7 @@ class CreditKeys(AnswerStepKeys):
     data: Text
     """Preference pairs: a file (JSONL, Parquet, CSV) or a hub id, in any format that llmrl trains on."""
     rows: list[Positive] = Field(default=[1, 2, 3], min_length=1)
-    """Rows of the data, from 1."""
+    """Rows of the data, from 1, such as 1,2,3."""
     output: Text | None = None
     """An HTML page to write; without it the map is shown in the terminal."""
     beta: Annotated[float, Field(gt=0)] = 0.1

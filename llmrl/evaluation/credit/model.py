@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from llmrl.learner.loading import (
 from llmrl.learner.sequences import Floats, Group, completion
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class CreditModel:
         path = _resolved("model", model, say)
         reference_path = None if reference is None else _resolved("reference", reference, say)
         if reference_path is None and not is_adapter(path):
+            _named("model", lambda: load_config(path))  # what is not there is no whole model either
             raise RefusedError(
                 f"model: {model} is a whole model and there is no reference: what it was trained from is not in it. "
                 "Remedy: --reference FOLDER, the model_name_or_path of the run's config.yaml; only a LoRA adapter is "
@@ -161,8 +163,13 @@ def _assistant(text: str) -> dict[str, Any]:
 
 
 def _resolved(key: str, name: str, say: Say) -> str:
+    return _named(key, lambda: models.resolve(name, say))
+
+
+def _named(key: str, work: Callable[[], T]) -> T:
+    """What `work` gives; a refusal that names the key of training names this one."""
     try:
-        return models.resolve(name, say)
+        return work()
     except RefusedError as error:
         raise RefusedError(str(error).replace("model_name_or_path", key)) from None
 

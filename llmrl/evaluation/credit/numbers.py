@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmrl.evaluation.credit.answer import Credit
+from llmrl.evaluation.credit.answer import Credit, Step
 from llmrl.evaluation.intervals import wilson_interval
 from llmrl.learner.sequences import Floats
 
@@ -73,6 +73,12 @@ class Scale:
     def text(self, reward: float) -> str:
         """`signed` with the digits of this scale."""
         return signed(reward, self.digits)
+
+    def lowest(self, steps: Sequence[Step]) -> int | None:
+        """The step (from 0) with the lowest sum of rewards, the first of several; None where no sum is shown as
+        negative, so that nothing is blamed for what is nothing at this scale."""
+        at = min(range(len(steps)), key=lambda k: steps[k].reward)
+        return at if self.text(steps[at].reward).startswith("-") else None
 
 
 def visible(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from llmrl.data.steps import Segmenter
-from llmrl.evaluation.credit.answer import Credit, Step, lowest
+from llmrl.evaluation.credit.answer import Credit, Step
 from llmrl.evaluation.credit.numbers import Pair, Scale, visible
 from llmrl.runs.report import POLICY
 from llmrl.runs.report_style import STYLE
@@ -19,6 +19,7 @@ MAP_STYLE = """
   rgba(213,94,0,.75), transparent, rgba(0,114,178,.75)); border: 1px solid var(--faint); }
 .credit { padding: .9rem 1rem; margin-bottom: .9rem; }
 .credit .prompt { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 .6rem; font-weight: 550; }
+.credit table > thead th.number:first-child { min-width: 6.6rem; }
 .credit h3 { font-size: .85rem; margin: .9rem 0 .2rem; } .credit h3 .interval { font-weight: 400; color: var(--soft); }
 .credit td.tokens { font: 13.5px/1.9 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; width: 100%; }
@@ -30,14 +31,15 @@ TITLES = {
     "rewards/chosen": "chosen, mean reward",
     "rewards/rejected": "rejected, mean reward",
     "rewards/margins": "margin",
-    "rewards/chosen_per_token": "chosen, a token",
-    "rewards/rejected_per_token": "rejected, a token",
-    "reference_drift": "reference drift, a token",
+    "rewards/chosen_per_token": "chosen, mean per token",
+    "rewards/rejected_per_token": "rejected, mean per token",
+    "reference_drift": "reference drift, mean per token",
 }
 HELP = (
     "Each token is coloured by its implicit reward beta (log pi - log pi_ref): blue, the policy says it more often "
     "than its reference; orange, less often. Point at a token for its numbers. The sums of the steps add up to "
-    "the answer's reward, which is what DPO compares. Rewards are known up to a potential of the state: compare tokens "
+    "the answer's reward, which is what DPO compares; the lowest is marked where it is below 0. A 0 is what rounds "
+    "to 0 at the digits that suit the largest reward. Rewards are known up to a potential of the state: compare tokens "
     "of two answers that have been the same so far, rather than tokens far apart."
 )
 
@@ -78,9 +80,9 @@ def _card(pair: Pair, scale: Scale, split: Segmenter) -> str:
 
 def _answer(name: str, credit: Credit, scale: Scale, split: Segmenter) -> str:
     steps = credit.steps(split)
-    low = lowest(steps)
+    low = scale.lowest(steps)
     rows = "".join(_step(number, step, credit, scale, number == low) for number, step in enumerate(steps))
-    head = '<th class="number">step</th><th>tokens</th><th class="number">sum</th><th class="number">a token</th>'
+    head = '<th class="number">step</th><th>tokens</th><th class="number">sum</th><th class="number">per token</th>'
     total = f'<span class="interval">reward {scale.text(credit.total)} over {len(credit.spans)} tokens</span>'
     return (
         f'<h3>{escape(name)} {total}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'

@@ -8,7 +8,7 @@ from rich.style import Style
 from rich.text import Text
 
 from llmrl.data.steps import Segmenter
-from llmrl.evaluation.credit.answer import Credit, Step, lowest
+from llmrl.evaluation.credit.answer import Credit, Step
 from llmrl.evaluation.credit.numbers import Pair, Scale, visible
 
 INDENT = 11
@@ -33,14 +33,14 @@ def _summary(numbers: Mapping[str, float]) -> str:
         f"\nmean over {numbers['n']:.0f} of the data's rows: reward of chosen {shown['rewards/chosen']}, of rejected "
         f"{shown['rewards/rejected']}, margin {shown['rewards/margins']}; chosen above rejected in "
         f"{numbers['rewards/accuracies']:.0%} ({low:.0%} to {high:.0%})\n"
-        f"a token: chosen {shown['rewards/chosen_per_token']}, rejected {shown['rewards/rejected_per_token']}, "
+        f"per token: chosen {shown['rewards/chosen_per_token']}, rejected {shown['rewards/rejected_per_token']}, "
         f"reference drift {shown['reference_drift']} (what a token drawn from the reference loses on average)"
     )
 
 
 def _show_answer(name: str, credit: Credit, scale: Scale, split: Segmenter, console: Console) -> None:
     steps = credit.steps(split)
-    low = lowest(steps)
+    low = scale.lowest(steps)
     console.print(Text(f"{name}: reward {scale.text(credit.total)} over {len(credit.spans)} tokens", "bold"))
     for number, step in enumerate(steps):
         for line in _step_lines(number, step, credit, scale, number == low, console.width):
