@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmrl.data.messages import says_something
 from llmrl.errors import RefusedError
 
 NEEDED = ("row", "reward", "end_state", "ends_in_stop", "num_turns", "opening", "messages")
@@ -45,12 +46,13 @@ def segment_rows(file: Path, as_text: bool = False) -> Iterator[dict[str, Any]]:
     """The prompts of a step of which two rollouts and more have a reward, each rollout a segment from its opening on,
     with its reward as its score.
 
-    What was said after the policy's last turn is left out, for the policy did nothing there; a last turn that a limit
-    cut off gets no stop token. Segments of one prompt may be compared by rewards; those of different prompts want
-    advantages instead. `as_text` and refusals as in `scored_rows`.
+    What was said after the policy's last turn is left out, for the policy did nothing there; so is a rollout with a
+    turn that says nothing, which is no behaviour to prefer. A last turn that a limit cut off gets no stop token.
+    Segments of one prompt may be compared by rewards; those of different prompts want advantages instead. `as_text`
+    and refusals as in `scored_rows`.
     """
     for lines in _groups(file):
-        segments = [_segment(line, as_text) for _, line in lines if line["reward"] is not None]
+        segments = [_segment(line, as_text) for _, line in lines if line["reward"] is not None and _says(line)]
         if len(segments) > 1:
             yield {**_beside(lines[0][1]), "segments": segments}
 
@@ -83,6 +85,10 @@ def _segment(line: Line, as_text: bool) -> dict[str, Any]:
         "score": _total(line),
         "ends": line["ends_in_stop"],
     }
+
+
+def _says(line: Line) -> bool:
+    return all(says_something(message) for message in line["messages"] if message["role"] == "assistant")
 
 
 def _beside(line: Line) -> dict[str, Any]:

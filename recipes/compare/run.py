@@ -45,6 +45,8 @@ class Method:
 
 PAIRS = str(COMPLETIONS_PER_STEP // 2)
 MAX_TOKENS = "64"  # of an answer
+COMPARED = ("model", "problems", "rewards", "max_prompts", "heldout", "steps")
+"""What all runs of a comparison have in common."""
 OF_PAIRS = ("--learning_rate", "5e-5")  # that of all three alike: their presets' are for other pairs
 METHODS = {
     "sft_best": Method(
@@ -71,21 +73,22 @@ def main(words: list[str] | None = None) -> int:
     args = parsed(words)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     console, out = Console(), args.output_dir
-    out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
+    claim(args)
+    results: dict[str, dict[str, Any]] = read_json(out / "results.json", {})
     for seed in args.seeds:
         folder = out / f"seed_{seed}"
         shared_samples(console, args, folder, seed)
         for name in args.methods:
             results[f"{name} {seed}"] = trained(console, args, METHODS[name], folder, seed)
             write_json(out / "results.json", results)
-            conclude(console, args, results)
+            conclude(args, results)
+    show(console, args, results)
     return 0
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="starter")
     parser.add_argument("--problems", default="data/arithmetic/problems", help="with the splits train and validation")
@@ -99,6 +102,21 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
         parser.error(f"--seeds {args.seeds}: one to ten different ones")
     args.output_dir = args.output_dir.resolve()
     return args
+
+
+def claim(args: argparse.Namespace) -> None:
+    """Make the output directory this comparison's; refuse one in which another was made: its runs would count here."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    mine = {name: getattr(args, name) for name in COMPARED}
+    there = read_json(args.output_dir / "settings.json", None)
+    if there is None:
+        write_json(args.output_dir / "settings.json", mine)
+    for name in COMPARED if there is not None else ():
+        if there.get(name) != mine[name]:
+            sys.exit(
+                f"{args.output_dir} holds a comparison with --{name} {there.get(name)}, and here it is {mine[name]}: "
+                "what is done there would be taken for this one's. Remedy: another --output_dir"
+            )
 
 
 # -- one seed ----------------------------------------------------------------------------------------------------
@@ -157,10 +175,16 @@ def command(args: argparse.Namespace, method: Method, folder: Path, out: Path, s
 # -- the end -----------------------------------------------------------------------------------------------------
 
 
-def conclude(console: Console, args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
-    """The table and the picture of what is done so far; shown once all of it is."""
-    found = {name: [results[key] for key in results if key.rsplit(" ", 1)[0] == name] for name in args.methods}
-    found = {name: runs for name, runs in found.items() if runs}
+def by_method(results: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Each method's runs, seed after seed: those of earlier calls, too."""
+    keys = sorted(results, key=lambda key: int(key.rsplit(" ", 1)[1]))
+    found = {name: [results[key] for key in keys if key.rsplit(" ", 1)[0] == name] for name in METHODS}
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def conclude(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    """The table and the picture of what is done so far."""
+    found = by_method(results)
     start = next(iter(found.values()))[0]["before"]
     lines = list(rows_of(found))
     text = "\n".join(["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)])
@@ -169,13 +193,15 @@ def conclude(console: Console, args: argparse.Namespace, results: dict[str, dict
     labels = {METHODS[name].label: [run["after"] for run in runs] for name, runs in found.items()}
     title = f"{Path(args.model).name} on {args.problems}: {args.steps} updates of {COMPLETIONS_PER_STEP} completions"
     figure.draw(args.output_dir / "comparison.png", labels, start, title)
-    if len(results) < len(args.methods) * len(args.seeds):
-        return
+
+
+def show(console: Console, args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+    found = by_method(results)
     table = Table(*HEADER)
-    for line in lines:
+    for line in rows_of(found):
         table.add_row(*line)
     console.rule("[bold]held-out problems, answered greedily")
-    console.print(f"start: {start:.1%} of {args.heldout}")
+    console.print(f"start: {next(iter(found.values()))[0]['before']:.1%} of {args.heldout}")
     console.print(table)
     console.print(f"table: {args.output_dir / 'table.md'}\npicture: {args.output_dir / 'comparison.png'}")
 

@@ -8,22 +8,22 @@ judged, also those from states.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llmrl import models
 from llmrl.data.scored_rows import right_and_wrong
-from llmrl.evaluation.sampling.making import rows_of_run
+from llmrl.errors import LlmrlError
+from llmrl.evaluation.sampling.making import config_of_run, rows_of_run
 from llmrl.files import read_lines, write_lines
 from llmrl.learner.loading import load_tokenizer, stop_token_ids
 
 
 def answers(run: Path, number: int, completions: bool) -> Iterator[dict[str, Any]]:
     """The round's answers as scored samples, with reward 1 where they are right."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = config_of_run(run)
     threshold = 1.0 if config["success_threshold"] is None else config["success_threshold"]
     first_step = (number - 1) * (config["max_steps"] // config["rounds"]) + 1
     further = from_states(run, number, config) if completions else {}
@@ -68,4 +68,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LlmrlError as error:
+        sys.exit(f"{error}")

@@ -97,6 +97,19 @@ def test_what_is_done_is_not_done_again_and_the_table_says_it(
     assert "start: 45.0%" in capsys.readouterr().out
 
 
+def test_a_directory_is_one_comparisons(compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other methods and seeds join what is there; what was made with other settings is never taken for this one's."""
+    monkeypatch.setattr(compare, "shared_samples", lambda *_: None)
+    run = {"before": 0.4, "after": 0.5, "steps": 60, "num_tokens": 1, "seconds": 1.0}
+    monkeypatch.setattr(compare, "trained", lambda *_: run)
+    for words in (["--methods", "vpo", "--seeds", "1"], ["--methods", "dpo", "--seeds", "0", "1"]):
+        assert compare.main([*words, "--output_dir", str(tmp_path)]) == 0
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"vpo 1", "dpo 0", "dpo 1"}
+    assert [line.split(" | ")[0] for line in (tmp_path / "table.md").read_text().splitlines()[2:]] == ["| DPO", "| VPO"]
+    with pytest.raises(SystemExit, match="a comparison with --steps 60, and here it is 5"):
+        compare.main(["--steps", "5", "--output_dir", str(tmp_path)])
+
+
 def test_samples_that_teach_nothing_end_it(compare: Any, tmp_path: Path) -> None:
     folder = tmp_path / "seed_0"
     folder.mkdir()

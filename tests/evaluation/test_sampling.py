@@ -144,6 +144,7 @@ def test_a_runs_rollouts_become_rows_step_by_step(files: dict[str, str], tmp_pat
         (asking("--max_new_tokens", "100000"), 2, "row 1, column `prompt`: "),
         (asking("--model", "{root}"), 2, "model: the folder"),
         (asking("--split", "test"), 2, "no split `test`"),
+        (asking("--prompts", "{root}/nothing.jsonl"), 2, "check prompts"),
     ],
 )
 def test_a_mistake_leaves_no_file(

@@ -89,13 +89,14 @@ def test_episodes_are_compared_by_reward_and_only_their_turns_are_scored(tmp_pat
     tokenizer = word_tokenizer()
     data = prepare_comparisons(keys(), tokenizer, lambda text: None, mode="dense", dataset=Dataset.from_list([row]))
     (found,) = data.train
-    assert found["values"] == [1.0, -0.25]
+    assert [segment["score"] for segment in row["segments"]] == [1.0, -0.25]
     own = [[token for token, of in zip(*piece, strict=True) if of != CONTEXT] for (piece,) in found["segments"]]
     assert [tokenizer.decode(ids) for ids in own] == ["one <|end|> two <|end|>", "cat <|end|> dog <|end|>"]
 
 
 def test_a_turn_that_was_cut_off_gets_no_stop_token_and_what_has_no_reward_is_no_segment(tmp_path: Path) -> None:
     cut, broken = episode(WON, 0.0, finish="length"), episode(LOST, None)
-    (row,) = segment_rows(written(tmp_path, episode(WON, 1.0), cut, broken))
+    silent = episode([assistant(""), user("likes two"), assistant(" ")], 0.0)
+    (row,) = segment_rows(written(tmp_path, episode(WON, 1.0), cut, broken, silent))
     assert [segment["ends"] for segment in row["segments"]] == [True, False]
     assert list(segment_rows(written(tmp_path, cut, broken))) == []

@@ -102,8 +102,9 @@ class _Making:
             yield from [row] if "segments" in row else FORMS[self.keys.form](row, self.keys)
 
     def _of_file(self, name: str) -> Iterator[Row]:
-        source = find_source(name)
-        rows = whole(source.rows("train", "from_samples"), source.names["train"])
+        with _said_of("dataset_name", "from_samples"):
+            source = find_source(name)
+            rows = whole(source.rows("train", "from_samples"), source.names["train"])
         check_scored_columns(rows.table.column_names, rows.where)
         for number, row in zip(rows.numbers, rows.table, strict=True):
             try:
@@ -118,10 +119,11 @@ class _Making:
         logging.disable_progress_bar()
         assert keys.model is not None
         assert keys.prompts is not None
-        source = find_source(keys.prompts)
-        rows = whole(source.rows(keys.split, "split"), source.names.get(keys.split, keys.prompts))
+        with _said_of("dataset_name", "prompts"):
+            source = find_source(keys.prompts)
+            rows = whole(source.rows(keys.split, "split"), source.names[keys.split])
         rows = rows.select(range(min(len(rows), keys.max_prompts or len(rows))))
-        with _named_model():
+        with _said_of("model_name_or_path", "model"):
             path = models.resolve(keys.model, self.say)
             tokenizer, longest = load_tokenizer(path), max_positions(path)
         prompts = asked(rows, tokenizer)
@@ -130,6 +132,7 @@ class _Making:
         try:
             scorer.check(rows.table.column_names, rows.where)
             engine = _engine(keys, path, tokenizer)
+            self.say(f"{rows.where}: {len(rows)} prompts, {keys.samples_per_prompt} answers of {keys.model} to each")
             sampling = SamplingParams(keys.max_new_tokens, keys.temperature, keys.samples_per_prompt, keys.seed)
             yield sample_scored(engine, tokenizer, prompts, sampling, scorer, ScoringTally(), self._show(len(rows)))
         finally:
@@ -151,9 +154,7 @@ def rows_of_run(run: Path, steps: Sequence[int] = (), as_segments: bool = False)
 
     Raises RefusedError where they are not there.
     """
-    if not (run / "config.yaml").is_file():
-        raise RefusedError(f"from_run: {run} is not a run directory: there is no config.yaml in it")
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    config = config_of_run(run)
     kept = {int(file.stem.removeprefix("step_")): file for file in (run / "rollouts").glob("step_*.jsonl")}
     absent = [step for step in steps if step not in kept]
     if absent or not kept:
@@ -170,21 +171,29 @@ def rows_of_run(run: Path, steps: Sequence[int] = (), as_segments: bool = False)
             yield {**row, **template}
 
 
+def config_of_run(run: Path) -> dict[str, Any]:
+    """The keys that a run was given. Raises RefusedError for what is no run directory."""
+    if not (run / "config.yaml").is_file():
+        raise RefusedError(f"from_run: {run} is not a run directory: there is no config.yaml in it")
+    config: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return config
+
+
 def _engine(keys: SampleKeys, path: str, tokenizer: PreTrainedTokenizerBase) -> HuggingFaceEngine:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES.get(keys.dtype) or (torch.bfloat16 if device == "cuda" else torch.float32)
-    with _named_model():
+    with _said_of("model_name_or_path", "model"):
         model = load_model(path, ModelKeys(model_name_or_path=path), dtype, lambda text: None)
     return HuggingFaceEngine(model.to(device).eval(), tokenizer)
 
 
 @contextmanager
-def _named_model() -> Iterator[None]:
-    """What is said of the model is said of the key that names it here."""
+def _said_of(elsewhere: str, here: str) -> Iterator[None]:
+    """What is said of a training's key is said of the one that has its place here."""
     try:
         yield
     except RefusedError as error:
-        raise RefusedError(str(error).replace("model_name_or_path", "model")) from None
+        raise RefusedError(str(error).replace(elsewhere, here)) from None
 
 
 def _check_room(prompts: Asked, max_new_tokens: int, longest: int | None) -> None:
