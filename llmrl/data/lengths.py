@@ -32,20 +32,21 @@ class LengthKeys(Protocol):
 
 
 class OverlongError(Exception):
-    """A row that cannot be cut to fit. `no_room`: `overlong_prompts` decides on it, else `truncation_mode`."""
+    """A row that cannot be cut to fit. `no_room`: `overlong_prompts` decides on it, else `truncation_mode`. `column`:
+    where what is too long stands; None: the prompt."""
 
-    def __init__(self, reason: str, no_room: bool) -> None:
+    def __init__(self, reason: str, no_room: bool, column: str | None = None) -> None:
         super().__init__(reason)
-        self.no_room = no_room
+        self.no_room, self.column = no_room, column
 
     def dropped(self, keys: LengthKeys, place: str, column: str = "prompt") -> str:
-        """What a row that is dropped for it is counted as; raises RefusedError (`place`: its file and number) where the
-        keys do not have it dropped."""
+        """What a row that is dropped for it is counted as; raises RefusedError (`place`: its file and number, `column`:
+        the prompt's) where the keys do not have it dropped."""
         key = "overlong_prompts" if self.no_room else "truncation_mode"
         if (keys.overlong_prompts if self.no_room else keys.truncation_mode) != "drop":
             raise RefusedError(
-                f"{place}, column `{column}`: {self}; raise max_length, set {key}: drop (dropped rows are counted), or "
-                "shorten the row"
+                f"{place}, column `{self.column or column}`: {self}; raise max_length, set {key}: drop (dropped rows "
+                "are counted), or shorten the row"
             )
         return "dropped_overlong_prompts" if self.no_room else "dropped_overlong_completions"
 

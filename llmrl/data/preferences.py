@@ -16,7 +16,7 @@ from llmrl.data.answers import Request, check_not_empty, encoded
 from llmrl.data.columns import missing
 from llmrl.data.faults import RowFault
 from llmrl.data.formats import CALIBRATION, COLUMNS, Pair, check_columns, read_pair, with_calibration
-from llmrl.data.lengths import Fitting, fit
+from llmrl.data.lengths import Fitting, OverlongError, fit
 from llmrl.data.preparing import COUNTED, Options, Part, PreparationKeys, Prepared, Reading, Say
 from llmrl.data.splits import Rows
 from llmrl.data.tokenization import Encoded
@@ -99,7 +99,13 @@ class _Pairs(Part[Pair, list[Encoded]]):
         for column, part in zip(columns, tokens, strict=True):
             check_not_empty(part, "prompt", column)
         completions = [part.completion_ids for part in tokens]
-        fitting = fit(tokens[0].prompt_ids, completions, self.keys.max_length, self.keys.truncation_mode)
+        try:
+            fitting = fit(tokens[0].prompt_ids, completions, self.keys.max_length, self.keys.truncation_mode)
+        except OverlongError as overlong:
+            of_prompt = overlong.no_room and self.keys.truncation_mode != "keep_end"
+            if not of_prompt and max(map(len, completions[2:]), default=0) > max(map(len, completions[:2])):
+                overlong.column = CALIBRATION
+            raise
         if fitting.completions[0] == fitting.completions[1]:
             when = "cut to max_length (raise it, or set truncation_mode)" if fitting.cut_completions else "tokenised"
             raise RowFault(

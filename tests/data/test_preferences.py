@@ -409,3 +409,16 @@ def test_calibration_answers_that_cannot_be_used_are_refused(
 ) -> None:
     message = refusal(prepared, chat, rows, calibration=True)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("mode", "column"), [("error", "calibration"), ("keep_end", "calibration"), ("error", "prompt")]
+)
+def test_what_is_too_long_is_named_by_its_column(chat: PreTrainedTokenizerFast, mode: str, column: str) -> None:
+    row = (
+        {**GOOD, "calibration": " 7" * 99}
+        if column == "calibration"
+        else {**GOOD, "calibration": " 7", "prompt": "2+" * 99}
+    )
+    message = refusal(prepared, chat, [row], calibration=True, max_length=30, truncation_mode=mode)
+    assert f"row 1, column `{column}`: " in message
