@@ -44,7 +44,7 @@ def check(words: Sequence[str]) -> None:
     for line in told:
         console.say(line)
     if mistakes:
-        raise RefusedError("\n".join(mistakes))
+        raise RefusedError(mistakes[0] if len(mistakes) == 1 else "\n- ".join(["several mistakes:", *mistakes]))
     console.say(f"{config_file}: no mistake found; the run can start")
 
 
