@@ -130,7 +130,9 @@ def test_the_guard_leaves_the_unbounded_term_out_or_ends_the_run(
     assert newest.name == "step_1"
 
 
-def test_a_round_of_ties_teaches_nothing_and_calibration_is_judged_by_nobody(tmp_path: Path) -> None:
+def test_a_round_of_ties_teaches_nothing_and_calibration_is_judged_by_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     calls = tmp_path / "calls"
     (tmp_path / "reward.py").write_text(
         f"""
@@ -143,6 +145,7 @@ def paid(completions, **columns):
     folder = run(tmp_path, max_steps=2, calibration="reference")
     for line in metrics(folder):
         assert (line["pairs"], line["pairs/ties"], line["updates"], line["loss"]) == (0, 8, 0, 0)
+    assert "step 2: no pair, no update (8 ties, " in capsys.readouterr().out
     assert sum(map(int, calls.read_text().split())) == 2 * 8 * 2  # the rollouts of two steps and no others
 
 

@@ -50,5 +50,8 @@ def train(
             labelled = rounds.label(collected.groups)
             metrics = rounds.improve(step)
             taught, cause = labelled["pairs"] > 0, rounds.why_nothing(labelled)
+            if not taught:  # whose loss is 0, as if all were learned
+                ties, cut_off = labelled["pairs/ties"], labelled["pairs/cut_off"]
+                run.console.say(f"step {step + 1}: no pair, no update ({ties:.0f} ties, {cut_off:.0f} answers cut off)")
             rounds.record_step(collected, labelled | metrics, taught=taught, cause=cause)
         rounds.session.finish()
