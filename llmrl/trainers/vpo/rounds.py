@@ -18,6 +18,7 @@ from llmrl.rollout.collector import Task
 from llmrl.rollout.protocol import row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.runs import Run
+from llmrl.trainers.huge import naming_huge
 from llmrl.trainers.offline.run import with_reference
 from llmrl.trainers.online.experience import advance_schedule, means_of_updates, token_sequences
 from llmrl.trainers.online.run import SampledRun
@@ -166,7 +167,8 @@ class Rounds(SampledRun):
             alpha = self._alpha(step)
             rows = rows_for_step(number, size, len(self.pool), row_seed(self.config.seed, step, 1))
             objective = self._objective(alpha)
-            update = self.learner.update([self.pool[row] for row in rows], objective, advance_schedule=False)
+            with naming_huge(alpha=alpha, beta=self.config.beta):
+                update = self.learner.update([self.pool[row] for row in rows], objective, advance_schedule=False)
             self.log_ratio = update["calibration/log_ratio"]
             done.append(update | {"alpha": alpha})
         advance_schedule(self.learner)
