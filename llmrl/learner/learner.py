@@ -3,6 +3,7 @@
 Every rank is handed the same groups and takes its own share, balanced by tokens; callers never branch on sharding.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -211,8 +212,11 @@ class Learner:
         }
 
     def advance_schedule(self) -> None:
-        """The learning rate of the next step of the schedule."""
-        self.scheduler.step()
+        """The learning rate of the next step of the schedule, after all updates of one; of none, where nothing could be
+        learned."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
 
     def restart(self, **changes: Any) -> None:
         """A further phase of training, on the weights as they are: an optimizer that remembers nothing, and a schedule

@@ -164,3 +164,20 @@ def num_unique_tokens(group: Group) -> int:
     builder = _Builder()
     builder.add_group([s.token_ids for s in group])
     return builder.length
+
+
+def within_budget(rollouts: list[Group], budget: int | None) -> list[Group]:
+    """The rollouts of a prompt as groups of at most `budget` different tokens; a rollout is never divided."""
+    groups: list[Group] = []
+    for pieces in rollouts:
+        together = (*groups[-1], *pieces) if groups else pieces
+        if groups and (budget is None or _fits(together, budget)):
+            groups[-1] = together
+        else:
+            groups.append(pieces)
+    return groups
+
+
+def _fits(group: Group, budget: int) -> bool:
+    """Whether the group is computed within the budget; the tree is only built where the plain sum leaves a doubt."""
+    return sum(len(piece.token_ids) for piece in group) <= budget or num_unique_tokens(group) <= budget

@@ -67,6 +67,12 @@ class Rollout:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def total(self) -> float:
+        """What it is worth to the algorithm: reward and penalty, of a rollout that has a reward."""
+        assert self.reward is not None
+        return float(self.reward) + self.penalty
+
+    @property
     def num_sampled(self) -> int:
         """Tokens that the policy sampled."""
         return sum(turn.end - turn.start - turn.given for turn in self.turns)

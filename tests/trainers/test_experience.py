@@ -15,7 +15,8 @@ from llmrl.learner.sequences import Group, totals
 from llmrl.objectives.presets import preset
 from llmrl.objectives.scored import Objective, Totals
 from llmrl.rollout.trajectory import Rollout, RolloutGroup, Turn
-from llmrl.trainers.online.experience import Experience, token_sequences
+from llmrl.trainers.online.experience import Experience
+from llmrl.trainers.online.sequences import token_sequences
 
 PLAIN = Objective(lambda logprobs_N, scored: (logprobs_N.sum(), {}))
 

@@ -98,7 +98,8 @@ def describe(config: BRAInConfig, world_size: int) -> dict[str, str | int | floa
 def train(config: BRAInConfig, run: "Run", *, dataset: Any = None, callbacks: "Sequence[TrainerCallback]" = ()) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object."""
     from llmrl.trainers.brain.update import SampleSizeWatch, improve
-    from llmrl.trainers.online.experience import Experience, advance_schedule, means_of_updates
+    from llmrl.trainers.online.experience import Experience
+    from llmrl.trainers.online.metrics import means_of_updates
     from llmrl.trainers.online.run import SampledRun, tells_apart
 
     brain, watch = config.objective(config.proposal), SampleSizeWatch(run.note, REMEDY)
@@ -112,7 +113,7 @@ def train(config: BRAInConfig, run: "Run", *, dataset: Any = None, callbacks: "S
             experience.score(learner, old=config.proposal == "old", reference=True, values=False)
             prompts = [group for group in experience.prompts() if num_samples(group) > 1]
             done = [improve(learner, brain, batch, advance_schedule=False) for batch in batches(prompts, config, step)]
-            advance_schedule(learner)
+            learner.advance_schedule()
             sampled.policy_changed()
             metrics = means_of_updates(done, learner.learning_rate) | {"rollout/masked": float(experience.num_masked)}
             metrics.pop("reward", None)  # of the prompts that are left; the step's is that of all rollouts

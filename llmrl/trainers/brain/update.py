@@ -16,10 +16,10 @@ import torch
 from llmrl.learner import forms
 from llmrl.learner.batches import scored_tokens
 from llmrl.learner.learner import Learner
+from llmrl.learner.prefix_tree import within_budget
 from llmrl.learner.sequences import Floats, Group, totals
 from llmrl.objectives.brain import BRAIn, WeightedLikelihood
 from llmrl.objectives.scored import reduced
-from llmrl.trainers.online.experience import within_budget
 
 COLLAPSED, STEPS_COLLAPSED = 1.2, 5
 """Effective samples of a prompt, on average, under which it is said that the target rests on one; after so many steps

@@ -148,8 +148,7 @@ class _Stages:
 
     def states(self) -> tuple[list[Line], Tallies]:
         """A.1: answers of the actor, and the states of those that are kept."""
-        self.sampled.sampler.cursor.position = self.number * self.config.prompts_per_round
-        collected = self.sampled.collect(self.step)
+        collected = self.sampled.collect(self.step, first_row=self.number * self.config.prompts_per_round)
         lines, counts = states_of(collected.groups, self.config, self.rounds.split, self.decode)
         self.run.note(
             f"round {self.number + 1}: {counts['answers']:.0f} answers ({counts['right']:.0%} right), of which "

@@ -11,7 +11,6 @@ Invariants
 - What cannot teach (no advantage, and no other term in the loss) is not computed, but counts in every denominator.
 """
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,11 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmrl.learner.learner import Learner
-from llmrl.learner.prefix_tree import num_unique_tokens
-from llmrl.learner.sequences import Floats, Group, TokenSequence, per_sequence, totals
+from llmrl.learner.prefix_tree import within_budget
+from llmrl.learner.sequences import Floats, Group, per_sequence, totals
 from llmrl.objectives.algorithm import Algorithm
-from llmrl.objectives.scored import Objective, extreme
-from llmrl.rollout.trajectory import Rollout, RolloutGroup
+from llmrl.objectives.scored import Objective
+from llmrl.rollout.trajectory import RolloutGroup
+from llmrl.trainers.online.metrics import means_of_updates
+from llmrl.trainers.online.sequences import token_sequences
 
 
 @dataclass
@@ -49,12 +50,11 @@ class Experience:
     def __init__(self, groups: Sequence[RolloutGroup]) -> None:
         self.scored, self.num_masked = False, 0
         self.samples = [
-            Sample(pieces, reward, number, not rollout.ended_by_itself)
+            Sample(pieces, rollout.total, number, not rollout.ended_by_itself)
             for number, group in enumerate(groups)
             for rollout in group.rollouts
             if rollout.reward is not None
-            for reward in [float(rollout.reward) + rollout.penalty]
-            if (pieces := token_sequences(rollout, {"reward": reward}))
+            if (pieces := token_sequences(rollout, {"reward": rollout.total}))
         ]
 
     def __len__(self) -> int:
@@ -175,7 +175,7 @@ class Experience:
             if teaching:
                 groups = self._groups(teaching, learner.options.tokens_per_microbatch)
                 done.append(learner.update(groups, objective, counts, advance_schedule=False, language=language))
-        advance_schedule(learner)
+        learner.advance_schedule()
         return means_of_updates(done, learner.learning_rate)
 
     def prompts(self) -> list[Group]:
@@ -215,44 +215,6 @@ class Experience:
         return [group for rollouts in members.values() for group in within_budget(rollouts, budget)]
 
 
-def token_sequences(rollout: Rollout, values: dict[str, float]) -> Group:
-    """The rollout as the learner takes it: one sequence, in as many pieces as it has; pieces without a sampled token
-    are left out. `values` are the whole rollout's."""
-    found: list[TokenSequence] = []
-    for number, ids in enumerate(rollout.pieces):
-        turns = [(index, turn) for index, turn in enumerate(rollout.turns) if turn.piece == number]
-        if not any(turn.end > turn.start for _, turn in turns):
-            continue
-        end = max(turn.end for _, turn in turns)
-        scored, turn_index = np.zeros(end, np.bool_), np.zeros(end, np.int64)
-        for index, turn in turns:
-            scored[turn.start : turn.end] = True
-            turn_index[turn.start : turn.end] = index
-        found.append(
-            TokenSequence(
-                token_ids=np.asarray(ids[:end], np.int64),
-                scored=scored,
-                turn_index=turn_index,
-                behaviour_logprobs=np.asarray([p for _, turn in turns for p in turn.logprobs], np.float32),
-                values=values,
-                continues=bool(found),
-            )
-        )
-    return tuple(found)
-
-
-def within_budget(rollouts: list[Group], budget: int | None) -> list[Group]:
-    """The rollouts of a prompt as groups of at most `budget` different tokens; a rollout is never divided."""
-    groups: list[Group] = []
-    for pieces in rollouts:
-        together = (*groups[-1], *pieces) if groups else pieces
-        if groups and (budget is None or _fits(together, budget)):
-            groups[-1] = together
-        else:
-            groups.append(pieces)
-    return groups
-
-
 def _near(size: int, prompts: Iterable[list[int]]) -> list[list[int]]:
     """The prompts' rollouts in order, cut between prompts where that comes nearest to batches of `size`."""
     batches: list[list[int]] = []
@@ -264,34 +226,5 @@ def _near(size: int, prompts: Iterable[list[int]]) -> list[list[int]]:
     return batches
 
 
-def _fits(group: Group, budget: int) -> bool:
-    """Whether the group is computed within the budget; the tree is only built where the plain sum leaves a doubt."""
-    return sum(len(piece.token_ids) for piece in group) <= budget or num_unique_tokens(group) <= budget
-
-
 def _joined(parts: Iterable[Floats]) -> Tensor:
     return torch.from_numpy(np.concatenate(list(parts)))
-
-
-def advance_schedule(learner: Learner) -> None:
-    """The learning rate of the next step, after all updates of one; of none, where nothing could be learned."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        learner.advance_schedule()
-
-
-def means_of_updates(updates: Sequence[dict[str, float]], learning_rate: float) -> dict[str, float]:
-    """Over a step's updates, and how many they are; tokens are added up, of extremes one is taken."""
-    if not updates:
-        nothing = dict.fromkeys(("loss", "grad_norm", "num_trained_tokens", "num_computed_tokens", "updates"), 0.0)
-        return {**nothing, "learning_rate": learning_rate}
-    merged: dict[str, float] = {}
-    for name in dict.fromkeys(name for update in updates for name in update):
-        numbers = [update[name] for update in updates if name in update]
-        if name == "num_tokens":  # of the updates' sequences; a run's are those of its rollouts
-            merged["num_trained_tokens"] = sum(numbers)
-        elif name in ("num_computed_tokens", "skipped_updates"):
-            merged[name] = sum(numbers)
-        else:
-            merged[name] = float((extreme(name) or np.mean)(numbers))
-    return {**merged, "updates": float(len(updates))}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmrl.evaluation.intervals import mean_interval
+from llmrl.objectives.scored import extreme
 from llmrl.rollout.collector import Collected
 from llmrl.rollout.trajectory import RolloutGroup, mean_reward
 
@@ -93,3 +94,20 @@ def _row_means(rows: Sequence[Sequence[float | None]]) -> list[float]:
     """The mean of each row's values; rows without any are left out."""
     found = [[value for value in row if value is not None] for row in rows]
     return [sum(values) / len(values) for values in found if values]
+
+
+def means_of_updates(updates: Sequence[dict[str, float]], learning_rate: float) -> dict[str, float]:
+    """Over a step's updates, and how many they are; tokens are added up, of extremes one is taken."""
+    if not updates:
+        nothing = dict.fromkeys(("loss", "grad_norm", "num_trained_tokens", "num_computed_tokens", "updates"), 0.0)
+        return {**nothing, "learning_rate": learning_rate}
+    merged: dict[str, float] = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        numbers = [update[name] for update in updates if name in update]
+        if name == "num_tokens":  # of the updates' sequences; a run's are those of its rollouts
+            merged["num_trained_tokens"] = sum(numbers)
+        elif name in ("num_computed_tokens", "skipped_updates"):
+            merged[name] = sum(numbers)
+        else:
+            merged[name] = float((extreme(name) or np.mean)(numbers))
+    return {**merged, "updates": float(len(updates))}

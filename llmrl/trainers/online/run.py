@@ -87,11 +87,14 @@ class SampledRun:
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def collect(self, step: int) -> Collected:
+    def collect(self, step: int, first_row: int | None = None) -> Collected:
         """The rollouts of step `step` (from 0), the same on every rank; kept in rollouts/step_N.jsonl.
 
+        first_row: how many rows come before them in the order of the rows; None: they go on behind the last step's.
         Where they fail or are interrupted, a checkpoint of the steps before is left.
         """
+        if first_row is not None:
+            self.sampler.cursor.position = first_row
         with self.session.before_updates():
             last = step + 1 == self.session.total_steps
             collected = self.sampler.rollouts(step, last, lambda found: self._write(step + 1, found.groups))
@@ -213,7 +216,7 @@ def turns_too_few(cut: int, count: int, max_turns: int) -> bool:
 
 def tells_apart(groups: Sequence[RolloutGroup], over_step: bool) -> bool:
     """Whether a step's rewards prefer any rollout: to others of its prompt, or `over_step`."""
-    rewards = [[r.reward + r.penalty for r in group.rollouts if r.reward is not None] for group in groups]
+    rewards = [[r.total for r in group.rollouts if r.reward is not None] for group in groups]
     compared = [[reward for one in rewards for reward in one]] if over_step else rewards
     return any(len(set(each)) > 1 for each in compared)
 

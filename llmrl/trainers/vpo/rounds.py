@@ -8,6 +8,7 @@ Invariants
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from llmrl.data.order import RowCursor, rows_for_step
@@ -20,8 +21,9 @@ from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.runs import Run
 from llmrl.trainers.huge import naming_huge
 from llmrl.trainers.offline.run import with_reference
-from llmrl.trainers.online.experience import advance_schedule, means_of_updates, token_sequences
+from llmrl.trainers.online.metrics import means_of_updates
 from llmrl.trainers.online.run import SampledRun
+from llmrl.trainers.online.sequences import token_sequences
 from llmrl.trainers.vpo.calibration import Answers, drawn_once
 from llmrl.trainers.vpo.online_config import VPOOnlineConfig
 
@@ -48,21 +50,17 @@ def labelled(group: RolloutGroup, pairing: Literal["in_order", "best_worst"]) ->
     """
     judged = [rollout for rollout in group.rollouts if rollout.reward is not None and rollout.num_sampled]
     ended = [rollout for rollout in judged if rollout.ended_by_itself]
+    worth = attrgetter("total")
     if pairing == "best_worst":
-        couples = [(max(ended, key=_score), min(ended, key=_score))] if len(ended) > 1 else []
+        couples = [(max(ended, key=worth), min(ended, key=worth))] if len(ended) > 1 else []
     else:
         couples = list(zip(ended[0::2], ended[1::2], strict=False))
     pairs = [
-        (first, second) if _score(first) > _score(second) else (second, first)
+        (first, second) if first.total > second.total else (second, first)
         for first, second in couples
-        if _score(first) != _score(second) and first.pieces != second.pieces
+        if first.total != second.total and first.pieces != second.pieces
     ]
     return Labelled(pairs, len(couples) - len(pairs), len(judged) - len(ended))
-
-
-def _score(rollout: Rollout) -> float:
-    assert rollout.reward is not None
-    return rollout.reward + rollout.penalty
 
 
 class Rounds(SampledRun):
@@ -171,7 +169,7 @@ class Rounds(SampledRun):
                 update = self.learner.update([self.pool[row] for row in rows], objective, advance_schedule=False)
             self.log_ratio = update["calibration/log_ratio"]
             done.append(update | {"alpha": alpha})
-        advance_schedule(self.learner)
+        self.learner.advance_schedule()
         self.policy_changed()
         return means_of_updates(done, self.learner.learning_rate)
 
