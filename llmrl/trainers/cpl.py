@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.errors import RefusedError
-from llmrl.trainers.huge import naming_huge
 from llmrl.trainers.offline.config import OfflineKeys, describe_groups
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class CPLConfig(OfflineKeys):
     variant: Literal["cpl", "cpl_bc", "cpl_kl"] = "cpl"
     """cpl: alpha 0.1, lam 0.5. cpl_bc: alpha 0.1, lam 1, bc_coef 1. cpl_kl: scores are log-ratios to a reference, the
     policy after cloning; alpha 0.2, lam 0.75."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Annotated[float, Field(gt=0, le=1e4)] | None = None
     """Scale of a segment's score, the sum of its log-probabilities; null: the variant's own. 0.01 to 0.05 suits long
     segments: a score difference far above 1 saturates the loss, which is said at the first step."""
     lam: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -174,11 +173,7 @@ def train(config: CPLConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
             if cpl.reference:
                 with session.before_updates():
                     offline.take_reference(range(step, total_steps))
-        if step < cloning_steps:
-            metrics = learner.update(offline.groups(step), cloning)
-        else:
-            with naming_huge(alpha=cpl.alpha):
-                metrics = learner.update(offline.groups(step), objective)
+        metrics = learner.update(offline.groups(step), cloning if step < cloning_steps else objective)
         session.record(metrics)
         if step - cloning_steps == (MOVED_BY if cpl.reference else 1) - 1:
             _warn_if_saturated(metrics.get("cpl/logit_abs", 0.0), cpl, run.note)

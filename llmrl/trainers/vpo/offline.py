@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from llmrl.config.keys import Positive
-from llmrl.trainers.huge import naming_huge
 from llmrl.trainers.offline.config import OfflineKeys, PairKeys, describe_groups
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class VPOConfig(PairKeys, OfflineKeys):
     """Peak learning rate of AdamW. About 1e-6 for all weights, 1e-5 to 5e-5 for a LoRA adapter."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Strength of the pull towards the reference: larger keeps the policy closer."""
-    alpha: Annotated[float, Field(ge=0)] = 0.5
+    alpha: Annotated[float, Field(ge=0, le=1e4)] = 0.5
     """Strength of the pessimism, in the mean form: alpha x beta is the weight of a nat of a calibration answer's
     log-likelihood beside the preference loss. 0 is DPO."""
     calibration: Literal["chosen", "both", "column", "reference"] = "chosen"
@@ -90,9 +89,7 @@ def train(config: VPOConfig, run: "Run", *, dataset: Any = None, callbacks: "Seq
     heldout = partial(preference_metrics, objective=DPO(config.beta).objective())
     offline.prepare(_group_of(config, offline, data, tokenizer), {"preference": heldout}, heldout_of=pair)
     for step in offline.session.steps():
-        with naming_huge(alpha=config.alpha, beta=config.beta):
-            metrics = offline.learner.update(offline.groups(step), objective)
-        offline.session.record(metrics)
+        offline.session.record(offline.learner.update(offline.groups(step), objective))
     offline.session.finish()
 
 

@@ -21,7 +21,7 @@ class VPOOnlineConfig(SteppedConfig):
     """Answers sampled to each prompt; two of them make a pair."""
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Strength of the pull towards the reference: larger keeps the policy closer."""
-    alpha: Annotated[float, Field(ge=0)] = 1e-3
+    alpha: Annotated[float, Field(ge=0, le=1e4)] = 1e-3
     """Strength of the optimism, in the mean form: alpha x beta is the weight of a nat of a calibration answer's
     log-likelihood beside the preference loss. 0 is online DPO. The term has no lower bound: keep it small."""
     alpha_schedule: Literal["constant", "inverse_sqrt"] = "constant"

@@ -19,7 +19,6 @@ from llmrl.rollout.collector import Task
 from llmrl.rollout.protocol import row_seed
 from llmrl.rollout.trajectory import Rollout, RolloutGroup
 from llmrl.runs import Run
-from llmrl.trainers.huge import naming_huge
 from llmrl.trainers.offline.run import with_reference
 from llmrl.trainers.online.metrics import means_of_updates
 from llmrl.trainers.online.run import SampledRun
@@ -165,8 +164,7 @@ class Rounds(SampledRun):
             alpha = self._alpha(step)
             rows = rows_for_step(number, size, len(self.pool), row_seed(self.config.seed, step, 1))
             objective = self._objective(alpha)
-            with naming_huge(alpha=alpha, beta=self.config.beta):
-                update = self.learner.update([self.pool[row] for row in rows], objective, advance_schedule=False)
+            update = self.learner.update([self.pool[row] for row in rows], objective, advance_schedule=False)
             self.log_ratio = update["calibration/log_ratio"]
             done.append(update | {"alpha": alpha})
         self.learner.advance_schedule()
