@@ -42,12 +42,15 @@ def train(
     before_step: "Callable[[PolicyGradientRun, int], dict[str, float]]" = lambda online, step: {},
 ) -> None:
     """Train as configured. `dataset` replaces `dataset_name` by a `datasets` object. before_step: called with the run
-    and the step's number (from 0) before anything is sampled; what it returns is logged among the step's metrics."""
+    and the step's number (from 0) before anything is sampled; what it returns is logged among the step's metrics. A
+    resumed run begins with that of the latest step done, whose evaluation it may have to make again."""
     from llmrl.trainers.online.policy_gradient_run import PolicyGradientRun
 
     algorithm = config.resolve()
     learner = config.learner_options
     with PolicyGradientRun(config, run, algorithm, dataset=dataset, callbacks=callbacks, **learner) as online:
+        if run.start_step:
+            before_step(online, run.start_step - 1)
         for step in online.session.steps():
             known = before_step(online, step)
             collected = online.collect(step)

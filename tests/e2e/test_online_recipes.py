@@ -115,6 +115,7 @@ MOMENTS: list[tuple[str, str, int, str | None]] = [
     ("loop", "sync", 4, "step_2"), ("loop", "save", 2, "step_2"), ("loop", "export", 1, "step_6"),
     ("ppo", "update", 20, "step_2"), ("ppo", "save", 3, "step_4"),  # the critic and its optimizer's state
     ("rlsp", "update", 22, "step_4"),  # alpha goes on where it was
+    ("rlsp", "export", 1, "step_6"),  # and is that of the last step where only the last evaluation is made again
     ("pf_ppo", "reward", 20, "step_2"),  # the same draws
 ]  # fmt: skip
 """Method, phase, which of its calls is the last, and the checkpoint that is there then."""
