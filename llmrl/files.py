@@ -1,5 +1,6 @@
 """Writing files so that a reader, or the next run, finds either the old content or the new one, never half of it."""
 
+import hashlib
 import json
 import math
 import os
@@ -86,6 +87,18 @@ def read_lines(path: Path) -> Iterable[dict[str, Any]]:
             continue
         if isinstance(value, dict):
             yield value
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 of a file, or of all files below a folder with their names; None where there is nothing."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = "".join(f"{digest(file)} {file.relative_to(path)}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -26,7 +26,7 @@ from llmrl.data.order import rows_for_step
 from llmrl.data.steps import segmenter
 from llmrl.errors import RefusedError, RunFailedError
 from llmrl.evaluation.progress import Ticker
-from llmrl.files import write_json, write_lines
+from llmrl.files import digest, write_json, write_lines
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group
 from llmrl.learner.together import from_first
@@ -34,7 +34,7 @@ from llmrl.objectives.direct_advantage import reliability
 from llmrl.rollout.protocol import row_seed
 from llmrl.trainers.direct_advantage import critic as critics
 from llmrl.trainers.direct_advantage.config import DirectAdvantageConfig
-from llmrl.trainers.direct_advantage.stage_files import Line, StageFolder, Tallies, digest_of
+from llmrl.trainers.direct_advantage.stage_files import Line, StageFolder, Tallies
 from llmrl.trainers.direct_advantage.stages import (
     Candidate,
     action_line,
@@ -97,7 +97,8 @@ class Rounds:
         if begins:
             self.sampled.session.checkpoint()
             self._begun_with = from_first(
-                self.accelerator, lambda: {"weights": digest(self.learner), "functions": own_functions(self.config)}
+                self.accelerator,
+                lambda: {"weights": digest_of_weights(self.learner), "functions": own_functions(self.config)},
             )
         identity = {
             **self._begun_with,
@@ -276,7 +277,7 @@ class _Stages:
                 action["reference_logprobs"] = numbers.tolist()
 
 
-def digest(learner: Learner) -> str:
+def digest_of_weights(learner: Learner) -> str:
     """Of the policy's weights as they are now."""
     found = hashlib.sha256()
     for name, tensor in learner.weights():
@@ -290,7 +291,7 @@ def own_functions(config: DirectAdvantageConfig) -> dict[str, str | None]:
     not that of the function as it was mended."""
     named = [config.environment, config.step_function, *(entry.function for entry in config.reward_keys().rewards)]
     files = {name: file_named(name) for name in named if name is not None}
-    return {name: digest_of(file) for name, file in files.items() if file is not None}
+    return {name: digest(file) for name, file in files.items() if file is not None}
 
 
 @contextmanager

@@ -7,7 +7,6 @@ Invariants
 - The first rank reads and writes, and what that raises, all ranks raise.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from llmrl.errors import RunFailedError
-from llmrl.files import read_json, write_json, write_lines
+from llmrl.files import digest, read_json, write_json, write_lines
 from llmrl.learner.together import from_first
 from llmrl.runs import Run, checkpoints
 from llmrl.runs.disk import as_disk_failure
@@ -68,7 +67,7 @@ class StageFolder:
 
     def _is_as_written(self, name: str, stored: dict[str, Any]) -> bool:
         known = stored.get("digests", {}).get(name)
-        return bool(known) and known == digest_of(self.path / name)
+        return bool(known) and known == digest(self.path / name)
 
     def tallies(self) -> dict[str, Tallies]:
         """What is known of the stages that are whole, by their names."""
@@ -125,7 +124,7 @@ class StageFolder:
         parts = f".{name}."
         stages = {other: its for other, its in stored["stages"].items() if not other.startswith(parts)}
         digests = {other: its for other, its in stored["digests"].items() if not other.startswith(parts)}
-        digests[name] = digest_of(self.path / name)
+        digests[name] = digest(self.path / name)
         stages[name] = counts
         write_json(self.path / NOTES, {**stored, "stages": stages, "digests": digests})
         self._say_kept(stages)
@@ -151,18 +150,6 @@ class StageFolder:
             root = self.run.directory
             failure = as_disk_failure(error, root, f"{self.path.name}/{what}", checkpoints.latest(root))
             raise failure or RunFailedError(str(error)) from error
-
-
-def digest_of(path: Path) -> str | None:
-    """SHA-256 of a file, or of all files below a folder with their names; None where there is nothing."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
-        return None
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    listed = "".join(f"{digest_of(file)} {file.relative_to(path)}\n" for file in files)
-    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _without_counts(make: Callable[[int], list[Line]], first: int) -> tuple[list[Line], Tallies]:

@@ -8,7 +8,6 @@ Invariants
   share the work.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmrl.errors import RefusedError
 from llmrl.evaluation.progress import Ticker
-from llmrl.files import write_lines
+from llmrl.files import digest, write_lines
 from llmrl.learner.learner import Learner
 from llmrl.learner.sequences import Group, completion, restored, stored
 from llmrl.learner.sharding import zero_stage
@@ -54,7 +53,7 @@ def drawn_once(
         found = {row: drawn.get(row, ()) for row in sorted(rows)}
     if run.is_main:
         write_answers(run.directory / FILE, found, decode)
-        run.digests[str(FILE)] = digest(run.directory / FILE)
+        run.digests[str(FILE)] = str(digest(run.directory / FILE))
     return found
 
 
@@ -63,7 +62,7 @@ def _as_drawn(run: Run) -> Answers:
     if run.checkpoint is None:
         return {}
     kept = run.checkpoint.parents[1] / FILE
-    return read_answers(kept) if digest(kept) == run.digests.get(str(FILE)) else {}
+    return read_answers(kept) if digest(kept) == run.digests.get(str(FILE), "") else {}
 
 
 def sampled_answers(
@@ -112,14 +111,6 @@ def write_answers(file: Path, answers: Answers, decode: Callable[[list[int]], st
     """A line for each row, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_lines(file, (_line(number, answers[number], decode) for number in sorted(answers)), ensure_ascii=False)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of what is in the file; of nothing where it is not there."""
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 def read_answers(file: Path) -> dict[int, Group]:
